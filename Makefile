@@ -1,0 +1,44 @@
+# Every target works on a fresh clone: the virtual environment is made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where no NVIDIA GPU is found, a CPU build of PyTorch is enough.
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+CONSTRAINTS := $(if $(HAS_GPU),,-c constraints-cpu.txt)
+
+.PHONY: help sample test test-slow lint gpu clean
+
+help:
+	@echo "make sample     draw the demo's images into samples/"
+	@echo "make test       the test suite, in two processes: with and without Triton's interpreter"
+	@echo "make test-slow  the long parity tests (minutes)"
+	@echo "make lint       ruff, formatting, types of the public API"
+	@echo "make gpu        on a machine with a GPU: gpu tests, then the benchmark; one JSON; no network needed"
+
+$(VENV)/ready: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e .[dev]
+	@touch $@
+
+sample: $(VENV)/ready
+	$(BIN)/ddpm sample --seeds 0-15 --grid --out samples
+
+test: $(VENV)/ready
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpret and not slow" -q
+	$(BIN)/python -m pytest -m "not interpret and not slow" -q
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m "slow and not interpret" -q
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# No virtual environment: it takes the python at hand, which has the machine's own torch.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m bench gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

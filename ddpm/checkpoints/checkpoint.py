@@ -1,0 +1,58 @@
+"""What every loader returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ddpm.schedule import NoiseSchedule
+from ddpm.steps import SamplingRules
+from ddpm.unet import UNet
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the settings came from, for `ddpm info`. Each entry is one sentence or "name = value".
+
+    Attributes:
+        found: read from the checkpoint's files.
+        inferred: deduced from names or shapes.
+        assumed: not said by the checkpoint; the family's default was taken.
+        given: options of the caller.
+        ignored: present in the files but without effect on sampling.
+    """
+
+    found: list[str] = field(default_factory=list)
+    inferred: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint, whatever its family.
+
+    Attributes:
+        family: "diffusers".
+        source: the path or hub id it came from.
+        network: the reference network, float32 on the CPU, in evaluation mode.
+        schedule: in the family's precision.
+        rules: the family's own sampling defaults.
+        sample_size: (H, W) of its images.
+        image_channels: channels of its images.
+        uint8_rounding: how the family turns [-1, 1] into bytes; see `ddpm.images.to_uint8`.
+        report: what was found, inferred, assumed.
+    """
+
+    family: str
+    source: str
+    network: UNet
+    schedule: NoiseSchedule
+    rules: SamplingRules
+    sample_size: tuple[int, int]
+    uint8_rounding: str
+    report: Report
+
+    @property
+    def image_channels(self) -> int:
+        return self.network.config.in_channels

@@ -1,0 +1,111 @@
+"""Reading weight and configuration files, with one-sentence errors. No file is executed: pickles load weights only."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} could not be read as JSON ({error}); expected a configuration of diffusers"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object of settings")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or a pickle, on the CPU.
+
+    Raises:
+        ValueError: truncated, not such a file, a pickle that carries code, an optimizer's state, or no state dict.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if isinstance(content, dict) and {"state", "param_groups"} <= content.keys():
+        raise ValueError(
+            f"{path} holds an optimizer's state, not weights; pass the model's file from the same directory"
+        )
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = f"{type(content).__name__} with keys {', '.join(map(str, list(content)[:5]))}" if content else "nothing"
+        raise ValueError(f"{path} holds {found}; expected a state dict that maps names to tensors")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise ValueError(
+            f"{path} ({size:,} bytes) is not a complete safetensors file ({error}); download or copy it again"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise ValueError(
+                f"{path} is a pickle that holds more than tensors, and running its code would not be safe; "
+                "save the bare state dict, best as .safetensors"
+            ) from error
+        raise ValueError(
+            f"{path} is not a complete file of torch.save ({_first_line(error)}); copy it again"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a complete file of torch.save ({_first_line(error)}); copy it again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Put a state dict into a network built on the meta device, as float32, with nothing missing and nothing left over.
+
+    Raises:
+        ValueError: a key is missing or unknown, or a shape differs; names the first few.
+    """
+    expected = network.state_dict()
+    missing = [k for k in expected if k not in state]
+    unknown = [k for k in state if k not in expected]
+    wrong = [
+        f"{k} is {list(state[k].shape)}, expected {list(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
+    ]
+    advice = "the configuration beside it describes another network"
+    for what, keys in (("lacks", missing), ("has unknown", unknown)):
+        if keys:
+            raise ValueError(
+                f"{source} {what} {len(keys)} of {len(expected)} keys, first {', '.join(keys[:3])}; {advice}"
+            )
+    if wrong:
+        raise ValueError(f"{source} has {len(wrong)} tensors of another shape, first {wrong[0]}; {advice}")
+    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise ValueError(f"{source} holds NaN or infinity in {len(bad)} tensors, first {bad[0]}; the file is damaged")
+    network.load_state_dict({k: v.float().contiguous() for k, v in state.items()}, strict=True, assign=True)
+    network.requires_grad_(False).eval()

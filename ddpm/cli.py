@@ -1,0 +1,276 @@
+"""The command `ddpm`: sample a checkpoint, or say what it is."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ddpm.sampler import Sampler
+
+DEMO = Path(str(files("ddpm") / "assets" / "emoji32-smileys"))
+GIF_FRAMES = 60
+GIF_IMAGES = 16
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-63,100" -> [0, 1, ..., 63, 100].
+
+    Raises:
+        ValueError: not of that form, or a range that runs backwards.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not re.fullmatch(r"[0-9]+(-[0-9]+)?", part.strip()):
+            raise ValueError(
+                f"seeds {text!r}: {part.strip()!r} is neither a number nor a range; write for example 0-63,100"
+            )
+        start, stop = int(first), int(last) if dash else int(first)
+        if stop < start:
+            raise ValueError(f"seeds {text!r}: the range {part.strip()} runs backwards; write {stop}-{start}")
+        seeds.extend(range(start, stop + 1))
+    duplicates = len(seeds) - len(set(seeds))
+    if duplicates:
+        raise ValueError(
+            f"seeds {text!r} names {duplicates} seeds twice, which would be the same images; name each once"
+        )
+    return seeds
+
+
+class OneSentence(click.Group):
+    """Turns the errors that users cause into one sentence and exit code 2, and Ctrl-C into exit code 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except FloatingPointError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:  # before the first batch; click itself would exit with 1
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="fused-ddpm", prog_name="ddpm")
+def main() -> None:
+    """Sample DDPM checkpoints fast, with the images that the original code draws."""
+
+
+def checkpoint_options(command: Any) -> Any:
+    for option in (
+        click.argument("checkpoint", required=False, default=None),
+        click.option("--variant", metavar="NAME", help="Variant of the weight files, such as fp16."),
+        click.option("--scheduler-class", metavar="CLASS", help="Read the scheduler's settings as this class."),
+        click.option("--revision", metavar="REV", help="Revision of a hub id."),
+        click.option(
+            "--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "fp32", "tf32", "fp16", "bf16"]),
+            default="auto",
+            show_default=True,
+            help="Precision of the network.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _load(checkpoint: str | None, device: str, dtype: str, compile: str = "auto", **family_options: Any) -> Sampler:
+    import ddpm
+
+    choice: bool | str = {"on": True, "off": False}.get(compile, compile)
+    given = {name: value for name, value in family_options.items() if value is not None}
+    return ddpm.load(checkpoint or DEMO, device=device, dtype=dtype, compile=choice, **given)
+
+
+@main.command()
+@checkpoint_options
+@click.option("--seeds", metavar="SEEDS", default="0-15", show_default=True, help="Seeds, such as 0-63,100.")
+@click.option("--steps", type=int, help="Steps of the chain; all of the checkpoint's by default.")
+@click.option(
+    "--spacing",
+    type=click.Choice(["leading", "linspace", "trailing"]),
+    help="Timestep spacing; the checkpoint's own by default.",
+)
+@click.option("--batch-size", type=int, help="Images per pass; by available memory by default.")
+@click.option(
+    "--compile",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="torch.compile the step; auto: where the run is long enough to repay it.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("samples"), show_default=True, help="Directory to write to."
+)
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["png", "npz"]),
+    default="png",
+    show_default=True,
+    help="Of the images.",
+)
+@click.option("--grid", is_flag=True, help="Also write grid.png, all images in one.")
+@click.option(
+    "--gif", is_flag=True, help="Also write denoising.gif: the guess of x_0 as the chain proceeds, first images."
+)
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+def sample(
+    checkpoint: str | None,
+    seeds: str,
+    steps: int | None,
+    spacing: str | None,
+    batch_size: int | None,
+    compile: str,
+    out: Path,
+    file_format: str,
+    grid: bool,
+    gif: bool,
+    quiet: bool,
+    **load_options: Any,
+) -> None:
+    """Draw one image per seed from CHECKPOINT: a directory that diffusers saved, or a hub id; the demo by default.
+
+    Images are named by seed (000042.png), or gathered in samples.npz (arr_0, seeds). An interrupted run keeps the
+    batches that it finished.
+    """
+    import numpy as np
+
+    from ddpm import images as files_of
+
+    seed_list = parse_seeds(seeds)
+    started = time.perf_counter()
+    sampler = _load(checkpoint, compile=compile, **load_options)
+    rounding = sampler.checkpoint.uint8_rounding
+    animation = Animation(rounding) if gif else None
+    stream = sampler.stream(
+        len(seed_list),
+        seeds=seed_list,
+        steps=steps,
+        spacing=spacing,
+        batch_size=batch_size,
+        progress=not quiet,
+        callback=animation,
+    )
+    files_of.check_writable(out)
+
+    finished: list[np.ndarray] = []
+    done: list[int] = []
+    interrupted = False
+    try:
+        for batch in stream:
+            pictures = files_of.to_uint8(batch.images, rounding)
+            if file_format == "png":
+                for seed, picture in zip(batch.seeds, pictures, strict=True):
+                    files_of.save_png(picture, out / f"{seed:06d}.png")
+            if grid or file_format == "npz":
+                finished.append(pictures)
+            done += batch.seeds
+    except KeyboardInterrupt:
+        interrupted = True
+    if finished:
+        together = np.concatenate(finished)
+        if file_format == "npz":
+            files_of.save_npz(together, done, out / "samples.npz")
+        if grid:
+            files_of.save_png(files_of.make_grid(together, scale=grid_scale(together)), out / "grid.png")
+    if animation is not None and animation.frames:
+        files_of.save_gif(animation.frames, out / "denoising.gif")
+    if interrupted:
+        click.echo(f"interrupted: {len(done)} of {len(seed_list)} images are finished in {out}/", err=True)
+        sys.exit(130)
+    if not quiet:
+        seconds = time.perf_counter() - started
+        click.echo(f"{len(done)} images in {seconds:.1f} s, loading included: {out}/")
+
+
+def grid_scale(images: np.ndarray) -> int:
+    """Small images are enlarged until a tile has about 64 pixels."""
+    return max(1, 64 // images.shape[2])
+
+
+class Animation:
+    """Collects frames of the first batch's x_0 previews, about GIF_FRAMES of them, as grids.
+
+    Called as the sampler's callback(step, timestep, x0_preview).
+    """
+
+    def __init__(self, rounding: str):
+        self.rounding = rounding
+        self.previews: list[np.ndarray] = []
+        self.complete = False
+
+    def __call__(self, step: int, timestep: int, x0_preview: Any) -> None:
+        from ddpm.images import make_grid, to_uint8
+
+        if step == 0 and self.previews:
+            self.complete = True  # the second batch begins
+        if not self.complete:
+            pictures = to_uint8(x0_preview[:GIF_IMAGES], self.rounding)
+            self.previews.append(make_grid(pictures, scale=grid_scale(pictures)))
+
+    @property
+    def frames(self) -> list[np.ndarray]:
+        """Evenly spaced, the last one included."""
+        stride = max(1, len(self.previews) // GIF_FRAMES)
+        return self.previews[::-1][::stride][::-1]
+
+
+@main.command()
+@checkpoint_options
+@click.option("--explain", is_flag=True, help="Also print, layer by layer, which code runs.")
+def info(checkpoint: str | None, explain: bool, **load_options: Any) -> None:
+    """Say what CHECKPOINT is: architecture, schedule, sampling rules, and where each of them was found."""
+    sampler = _load(checkpoint, **load_options)
+    click.echo(describe(sampler))
+    if explain:
+        click.echo("\n" + sampler.explain())
+
+
+def describe(sampler: Sampler) -> str:
+    """The text of `ddpm info`."""
+    checkpoint = sampler.checkpoint
+    config, schedule, rules = checkpoint.network.config, checkpoint.schedule, checkpoint.rules
+    parameters = sum(p.numel() for p in checkpoint.network.parameters())
+    channels, height, width = sampler.image_shape
+    attention = [
+        *(f"down {level}" for level, used in enumerate(config.down_attention) if used),
+        *(["mid"] if config.mid_block and config.mid_attention else []),
+        *(f"up {u}" for u, used in enumerate(config.up_attention) if used),
+    ]
+    clip = {"none": "none", "clamp": f"clamp to +-{rules.clip_range:g}"}.get(
+        rules.clip, f"dynamic threshold, quantile {rules.threshold_ratio:g}, at most {rules.threshold_max:g}"
+    )
+    betas = schedule.betas
+    lines = [
+        ("checkpoint", f"{checkpoint.source} ({checkpoint.family})"),
+        ("images", f"{channels} x {height} x {width}, bytes by {checkpoint.uint8_rounding.replace('_', ' ')}"),
+        ("network", f"U-Net, {parameters:,} parameters in {len(checkpoint.network.state_dict())} tensors"),
+        ("", f"channels {', '.join(map(str, config.block_out_channels))}; {config.layers_per_block} resnets a level"),
+        ("", f"attention: {', '.join(attention) or 'none'}"),
+        ("", f"GroupNorm of {config.norm_num_groups} groups, eps {config.norm_eps:g}"),
+        ("", f"{sampler.gflop_per_image():.2f} GFLOP per image and step"),
+        ("schedule", f"T {schedule.num_train_timesteps}, betas {betas[0]:.4g} .. {betas[-1]:.4g} ({betas.dtype})"),
+        ("sampling", f"DDPM, predicts {rules.prediction_type}, variance {rules.variance_type}"),
+        ("", f"clip: {clip}; spacing {rules.timestep_spacing}, offset {rules.steps_offset}"),
+        ("runs on", f"{sampler.device}, {sampler.dtype}"),
+    ]
+    for name in ("found", "inferred", "assumed", "given", "ignored"):
+        lines += [(name if i == 0 else "", entry) for i, entry in enumerate(getattr(checkpoint.report, name))]
+    return "\n".join(f"{name:<11}{value}" for name, value in lines)

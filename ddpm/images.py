@@ -1,0 +1,123 @@
+"""From [-1, 1] to bytes and files. A file is written under a temporary name and renamed: none is ever half there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UINT8_ROUNDINGS = ("half_to_even", "truncate", "half_up")
+
+
+def to_uint8(images: Tensor, rounding: str) -> np.ndarray:
+    """Bytes as the family's own scripts make them.
+
+    "half_to_even" is diffusers: round(255 (x/2 + 0.5)). "truncate" is OpenAI's: floor(127.5 (x + 1)). "half_up" is
+    torchvision's save_image: floor(255 (x + 1)/2 + 0.5).
+
+    Args:
+        images: float [N, C, H, W], nominally in [-1, 1]; what lies outside is clamped.
+        rounding: one of UINT8_ROUNDINGS.
+
+    Returns:
+        uint8 [N, H, W, C].
+    """
+    if rounding == "half_to_even":
+        scaled = ((images / 2 + 0.5).clamp(0, 1) * 255).round()
+    elif rounding == "truncate":
+        scaled = ((images + 1) * 127.5).clamp(0, 255)
+    elif rounding == "half_up":
+        scaled = (((images + 1) * 0.5).clamp(0, 1) * 255 + 0.5).clamp(0, 255)
+    else:
+        raise ValueError(f"rounding {rounding!r} is not one of {', '.join(UINT8_ROUNDINGS)}")
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _picture(image: np.ndarray):
+    """uint8 [H, W, C] as a Pillow image: RGB, or grey for one channel."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError(
+            "pillow is not installed, which writes pictures; install pillow or use the npz format"
+        ) from error
+    if image.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"an image of {image.shape[-1]} channels is no picture; use the npz format")
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_png(image: np.ndarray, path: Path) -> None:
+    """Write uint8 [H, W, C]."""
+    picture = _picture(image)
+    _write(path, lambda file: picture.save(file, format="PNG"))
+
+
+def save_npz(images: np.ndarray, seeds: Sequence[int] | None, path: Path) -> None:
+    """Write uint8 [N, H, W, C] as arr_0, the name that FID tools read, and the seeds beside it."""
+    arrays = {"arr_0": images} | ({} if seeds is None else {"seeds": np.array(seeds, dtype=np.uint64)})
+    _write(path, lambda file: np.savez(file, **arrays))
+
+
+def save_gif(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 60, hold: int = 1500) -> None:
+    """Write frames, each uint8 [H, W, C], as an animation that repeats and holds its last frame (ms)."""
+    first, *rest = [_picture(frame) for frame in frames]
+    durations = [milliseconds] * len(rest) + [hold]
+    _write(
+        path,
+        lambda file: first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0),
+    )
+
+
+def make_grid(images: np.ndarray, padding: int = 2, scale: int = 1) -> np.ndarray:
+    """Tile uint8 [N, H, W, C] row by row into one [H', W', C], as square as N allows, on white.
+
+    Args:
+        padding: pixels between tiles, before scaling.
+        scale: every pixel becomes scale x scale.
+    """
+    n, height, width, channels = images.shape
+    columns = int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, channels)
+    grid = np.full(shape, 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = (padding + (i // columns) * (height + padding), padding + (i % columns) * (width + padding))
+        grid[top : top + height, left : left + width] = image
+    return grid.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def check_writable(directory: Path) -> None:
+    """Create the directory and a file in it, and remove the file again.
+
+    Raises:
+        ValueError: either cannot be done; found before the sampling and not after it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {directory} ({error.strerror}); choose another --out") from error
+
+
+def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write to a temporary file beside `path` and rename it.
+
+    Raises:
+        ValueError: the disk is full or the directory is not writable; what was at `path` is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        temporary.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror or error}); finished files are kept") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,341 @@
+"""One sampling step, compiled, captured once in a CUDA graph, and replayed once per step.
+
+Everything that changes from step to step lives in device memory (state, step counter, tables, seeds), so that the
+captured step reads no host value. On the CPU the same step runs compiled or eager.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm.fused import FusedUNet
+from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, decode_nonfinite, reverse_step
+from ddpm.noise import GeneratorNoise
+from ddpm.steps import StepTable
+
+# Replays queued ahead of the GPU: enough to hide the host, few enough that progress and Ctrl-C follow the GPU.
+IN_FLIGHT = 4
+
+
+@dataclass(frozen=True)
+class ChainShape:
+    """What a capture or compilation is made for; chains that share it share the captured step.
+
+    Attributes:
+        batch, channels, height, width: of the state.
+        capacity: rows of the tables; a chain may be shorter.
+        clip, variance, threshold_ratio, threshold_max: see `kernels/reverse_step.py`.
+        generator_noise: noise is read from a buffer instead of drawn in the kernel.
+        preview: every step also writes x_0.
+    """
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    capacity: int
+    clip: str
+    variance: str
+    threshold_ratio: float
+    threshold_max: float
+    generator_noise: bool
+    preview: bool
+
+
+@dataclass
+class StepBuffers:
+    """The step's world, all on the device.
+
+    Attributes:
+        x: the state x_t, float32 [N, C, H, W], NCHW contiguous.
+        counter: int64 [1], the index of the step that comes next.
+        coefficients: float32 [capacity, columns]; time: float32 [capacity, width of the time table].
+        seeds: int64 [N], or None with generator noise; noise: like x, or None with seeds.
+        x_0: like x, written if previews are wanted, else None.
+        nonfinite: int64 [1], see `reverse_step`.
+    """
+
+    x: Tensor
+    counter: Tensor
+    coefficients: Tensor
+    time: Tensor
+    seeds: Tensor | None
+    noise: Tensor | None
+    x_0: Tensor | None
+    nonfinite: Tensor
+
+
+def step(network: FusedUNet, shape: ChainShape, buffers: StepBuffers) -> None:
+    """x_t -> x_{t-1} in place. Reads the counter, never advances it: a grid has no order (see Loop._advance)."""
+    out = network(buffers.x, buffers.time.index_select(0, buffers.counter))
+    reverse_step(
+        buffers.x,
+        out,
+        buffers.coefficients,
+        buffers.counter,
+        buffers.nonfinite,
+        clip=shape.clip,
+        variance=shape.variance,
+        seeds=buffers.seeds,
+        noise=buffers.noise,
+        x0=buffers.x_0,
+        threshold_ratio=shape.threshold_ratio,
+        threshold_max=shape.threshold_max,
+    )
+
+
+class Loop:
+    """The step for one ChainShape, ready to run any number of chains.
+
+    Args:
+        network: on `device`.
+        shape: of the chains.
+        device: "cpu" or "cuda:i".
+        compiled: run the step through torch.compile.
+        tf32: let float32 convolutions and matrix products use TF32.
+
+    Attributes:
+        compilations, captures: how often each happened, 0 or 1.
+    """
+
+    def __init__(
+        self, network: FusedUNet, shape: ChainShape, device: torch.device, *, compiled: bool, tf32: bool = False
+    ):
+        self.network, self.shape, self.device, self.tf32 = network, shape, device, tf32
+        state = (shape.batch, shape.channels, shape.height, shape.width)
+        self.buffers = StepBuffers(
+            x=torch.zeros(state, device=device),
+            counter=torch.zeros(1, dtype=torch.int64, device=device),
+            coefficients=torch.zeros(shape.capacity, len(COLUMNS), device=device),
+            time=torch.zeros(shape.capacity, network.time_row.columns, device=device),
+            seeds=None if shape.generator_noise else torch.zeros(shape.batch, dtype=torch.int64, device=device),
+            noise=torch.zeros(state, device=device) if shape.generator_noise else None,
+            x_0=torch.zeros(state, device=device) if shape.preview else None,
+            nonfinite=torch.full((1,), NONFINITE_NONE, dtype=torch.int64, device=device),
+        )
+        self.compiled = compiled
+        self.compilations = 0
+        self.captures = 0
+        self._step = self._compile() if compiled else step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._table: StepTable | None = None
+
+    def _compile(self) -> Callable[..., None]:
+        # Default mode: its own CUDA graphs would not mix with ours. Freezing prepacks the weights for oneDNN.
+        options = {"freezing": True} if self.device.type == "cpu" else None
+        self.compilations += 1
+        return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """float32 means IEEE unless TF32 was chosen; torch's own default is TF32 in cuDNN alone."""
+        matmul = torch.backends.cuda.matmul.allow_tf32
+        # No benchmark mode: it picks algorithms by timing them, and the bits would change from run to run.
+        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=self.tf32)
+        with flags, torch.no_grad():
+            torch.backends.cuda.matmul.allow_tf32 = self.tf32
+            try:
+                yield
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = matmul
+
+    def _advance(self) -> None:
+        """A launch of its own behind every reader of the counter."""
+        self.buffers.counter.add_(1)
+
+    def _reset(self) -> None:
+        self.buffers.counter.zero_()
+        self.buffers.nonfinite.fill_(NONFINITE_NONE)
+
+    def _set_table(self, table: StepTable) -> None:
+        if table is not self._table:  # batches of one run share theirs
+            self.buffers.coefficients[: len(table)].copy_(table.coefficients)
+            self.buffers.time[: len(table)].copy_(self.network.time_row.table(table.timesteps))
+            self._table = table
+
+    def _run_step(self) -> None:
+        if self.device.type == "cuda":
+            if self._graph is None:
+                raise RuntimeError("the step is not captured")
+            self._graph.replay()
+        else:
+            self._step(self.network, self.shape, self.buffers)
+            self._advance()
+
+    def prepare(self) -> None:
+        """Compile and, on a GPU, capture; the first chain does it, and later chains find it done."""
+        if self.device.type != "cuda" or self._graph is not None:
+            return
+        # Kernels, library handles and workspaces are made on a side stream first: a capture may not make them.
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._reset()
+                self._step(self.network, self.shape, self.buffers)
+                self._advance()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        self._reset()
+        with torch.cuda.graph(graph):
+            self._step(self.network, self.shape, self.buffers)
+            self._advance()
+        self._graph = graph
+        self.captures += 1
+
+    def run(
+        self,
+        table: StepTable,
+        x_T: Tensor,
+        *,
+        seeds: Tensor | None = None,
+        generator: GeneratorNoise | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Run one chain.
+
+        Args:
+            table: the steps, no more than the shape's capacity.
+            x_T: float32 [n, C, H, W] with 1 <= n <= the shape's batch; the rest is padded with copies of the first.
+            seeds: int64 [n], or
+            generator: the source of every step's noise for the n images.
+            on_step: called with the index of each finished step (on a GPU: a few steps late).
+
+        Returns:
+            x_0, float32 [n, C, H, W], a copy on the device.
+
+        Raises:
+            FloatingPointError: the network's output was NaN or infinite; its args are (step, image).
+        """
+        n, buffers = len(x_T), self.buffers
+        with self._precision():
+            self._set_table(table)
+            self.prepare()  # warm-up overwrites the state, so it comes before the state is set
+            self._reset()
+            _fill(buffers.x, x_T)
+            if buffers.seeds is not None:
+                _fill(buffers.seeds, seeds)
+            feed = None if buffers.noise is None else NoiseFeed(generator, buffers.noise, n)
+            pace = Pace(self.device)
+            for i in range(len(table)):
+                if feed is not None and table.draws[i]:
+                    feed.next()
+                self._run_step()
+                pace.step()
+                if on_step is not None:
+                    on_step(i)
+            found = decode_nonfinite(int(buffers.nonfinite.item()))
+        if found is not None:
+            raise FloatingPointError(*found)
+        return buffers.x[:n].clone()
+
+
+def _fill(buffer: Tensor, values: Tensor) -> None:
+    """Copy values into the front of a static buffer and repeat the first of them in the rest.
+
+    Padding that is a copy of a real image can report nothing (a NaN, say) that the real one does not report too.
+    """
+    buffer[: len(values)].copy_(values)
+    _pad(buffer, len(values))
+
+
+def _pad(buffer: Tensor, n: int) -> None:
+    if n < len(buffer):
+        buffer[n:].copy_(buffer[:1].expand_as(buffer[n:]))
+
+
+class Pace:
+    """Keeps at most IN_FLIGHT steps queued on a GPU; does nothing on the CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.events: deque[torch.cuda.Event] = deque()
+
+    def step(self) -> None:
+        if self.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        self.events.append(event)
+        if len(self.events) > IN_FLIGHT:
+            self.events.popleft().synchronize()
+
+
+class NoiseFeed:
+    """Puts a generator's next draw into the step's noise buffer, ahead of the replay that reads it.
+
+    A CPU generator on a GPU draws into one of two pinned buffers, so that the copy of a draw overlaps the next one.
+    """
+
+    def __init__(self, source: GeneratorNoise, noise: Tensor, n: int):
+        self.source, self.noise = source, noise
+        self.shape = (n, *noise.shape[1:])
+        self.pinned: list[Tensor] = []
+        self.copied: list[torch.cuda.Event] = []
+        self.turn = 0
+        if noise.device.type == "cuda" and source.device.type == "cpu":
+            self.pinned = [torch.empty(self.shape, pin_memory=True) for _ in range(2)]
+            self.copied = [torch.cuda.Event() for _ in range(2)]
+
+    def next(self) -> None:
+        draw = self.source.draw(self.shape)
+        if not self.pinned:
+            _fill(self.noise, draw)
+            return
+        pinned, copied = self.pinned[self.turn], self.copied[self.turn]
+        copied.synchronize()  # the copy out of this buffer two draws ago
+        pinned.copy_(draw)
+        self.noise[: len(pinned)].copy_(pinned, non_blocking=True)
+        _pad(self.noise, len(pinned))
+        copied.record(torch.cuda.current_stream(self.noise.device))
+        self.turn = 1 - self.turn
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: a C++ compiler for the CPU, Triton for a GPU."""
+    if device.type == "cpu":
+        import torch._inductor.config as inductor
+
+        compilers = inductor.cpp.cxx if isinstance(inductor.cpp.cxx, (tuple, list)) else (inductor.cpp.cxx,)
+        return any(shutil.which(c) for c in (*compilers, "g++", "clang++") if c)
+    from ddpm.kernels import backend
+
+    return backend.HAVE_TRITON
+
+
+def decide_compile(choice: bool | str, device: torch.device, gflop: float) -> bool:
+    """Resolve compile="auto": worth it where the run repays the compilation.
+
+    Args:
+        choice: True, False or "auto".
+        device: of the network.
+        gflop: of the whole run, all images and steps.
+
+    Raises:
+        ValueError: True where nothing can compile, or another value.
+    """
+    if choice not in (True, False, "auto"):
+        raise ValueError(f"compile must be True, False or 'auto'; got {choice!r}")
+    if choice is False:
+        return False
+    if not can_compile(device):
+        if choice is True:
+            need = "a C++ compiler (g++ or clang++)" if device.type == "cpu" else "Triton"
+            raise ValueError(f"compile=True needs {need}, and none was found; install one or pass compile=False")
+        if gflop > REPAYS_GFLOP[device.type]:
+            warnings.warn("no compiler found: the step runs eagerly, which is slower", stacklevel=3)
+        return False
+    return choice is True or gflop > REPAYS_GFLOP[device.type]
+
+
+# A run of this much work (GFLOP) takes long enough to win back the time of a compilation.
+REPAYS_GFLOP = {"cpu": 60_000.0, "cuda": 3_000_000.0}

@@ -1,0 +1,399 @@
+"""One reverse step x_t -> x_{t-1} of any DDPM or DDIM chain, with its noise, in one launch.
+
+    x_0 = f((kx x_t + ke out) / kd)
+    x_{t-1} = c0 x_0 + cx x_t + ce out + std z
+
+(Ho et al. 2020, "Denoising diffusion probabilistic models", algorithm 2 and eq. 7, with the clip f of the original
+code.) `out` is the network's output, z standard normal. The coefficients are the row of a table that the device's step
+counter picks: a captured launch serves every step of every schedule.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .backend import tl, triton
+from .philox import PURPOSE_STEP, philox_normal4, philox_normal_ref
+
+# A row of the table. s scales the noise; with a learned variance it is 1, or 0 where the step adds no noise.
+# log_min and log_max bound a learned_range variance. clip is the bound of "clamp".
+COLUMNS = ("kx", "ke", "kd", "c0", "cx", "ce", "s", "log_min", "log_max", "clip")
+CLIPS = ("none", "clamp", "dynamic")
+VARIANCES = ("fixed", "learned", "learned_range")
+
+# What the flag `nonfinite` holds while every output was finite; larger than any step 2^32 + image.
+NONFINITE_NONE = 2**63 - 1
+
+_QUADS = 128  # quads of elements per program: one per thread
+
+
+def decode_nonfinite(value: int) -> tuple[int, int] | None:
+    """(step, image) of the first non-finite network output, or None if there was none.
+
+    Args:
+        value: what the flag of `reverse_step` holds after the chain.
+    """
+    return None if value == NONFINITE_NONE else (value >> 32, value & 0xFFFFFFFF)
+
+
+@backend.jit
+def _is_nonfinite(v):
+    return (v != v) | (tl.abs(v) == float("inf"))
+
+
+@backend.jit
+def _reverse_step_kernel(
+    x_ptr,
+    out_ptr,
+    table_ptr,
+    counter_ptr,
+    nonfinite_ptr,
+    seeds_ptr,
+    noise_ptr,
+    x0_ptr,
+    threshold_ptr,
+    channels,
+    pixels,
+    stride_n,
+    stride_c,
+    stride_p,
+    CLIP: tl.constexpr,
+    VARIANCE: tl.constexpr,
+    SECOND_HALF: tl.constexpr,
+    NCHW: tl.constexpr,
+    PURPOSE: tl.constexpr,
+    COLUMN_COUNT: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    """One program: 4 QUADS consecutive elements, in NCHW order, of one image; grid (N, blocks).
+
+    x (in place), noise, x0: float32 [N, channels, pixels], contiguous; noise or seeds (int64 [N]) is None, x0 may be.
+    out: float32, float16 or bfloat16 [N, channels or (SECOND_HALF) 2 channels, pixels] with strides stride_n, stride_c,
+    stride_p in elements; NCHW says that stride_p is 1 and stride_c pixels. table: float32 [rows, COLUMN_COUNT].
+    threshold: float32 [N], the S of CLIP "dynamic", else None. counter, nonfinite: int64 [1].
+
+    Every operation is float32, rounded on its own and in the order written (the launcher switches contraction off), so
+    the reference gives the same bits. There is no reduction but "any element is not finite".
+    """
+    image = tl.program_id(0).to(tl.int64)
+    elements = channels * pixels
+    element = tl.program_id(1) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
+    inside = element < elements
+    step = tl.load(counter_ptr)
+    row_ptr = table_ptr + step * COLUMN_COUNT
+    kx, ke, kd = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2)
+    c0, cx, ce, s = tl.load(row_ptr + 3), tl.load(row_ptr + 4), tl.load(row_ptr + 5), tl.load(row_ptr + 6)
+
+    out_ptr += image * stride_n
+    if NCHW:
+        offset = element
+        second_ptr = out_ptr + elements
+    else:
+        channel = element // pixels
+        offset = channel.to(tl.int64) * stride_c + (element - channel * pixels) * stride_p
+        second_ptr = out_ptr + tl.cast(channels, tl.int64) * stride_c
+    out = tl.load(out_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    bad = _is_nonfinite(out)
+    if SECOND_HALF:
+        v = tl.load(second_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        bad = bad | _is_nonfinite(v)
+
+    first = image * elements
+    x = tl.load(x_ptr + first + element, mask=inside, other=0.0)
+    x0 = tl.div_rn(kx * x + ke * out, tl.zeros_like(x) + kd)
+    if CLIP == "clamp":
+        bound = tl.load(row_ptr + 9)
+        x0 = tl.clamp(x0, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+    elif CLIP == "dynamic":
+        bound = tl.load(threshold_ptr + image)
+        x0 = tl.clamp(x0, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+        x0 = tl.div_rn(x0, tl.zeros_like(x) + bound)
+    if x0_ptr is not None:
+        tl.store(x0_ptr + first + element, x0, mask=inside)
+
+    x = c0 * x0 + cx * x + ce * out
+    if s != 0:  # absent, not multiplied by 0: v may be negative there, and the noise buffer may hold anything
+        std = s
+        if VARIANCE == "learned":
+            std = s * tl.sqrt_rn(v)
+        elif VARIANCE == "learned_range":
+            f = (v + 1) * 0.5
+            std = s * tl.exp(0.5 * (f * tl.load(row_ptr + 8) + (1 - f) * tl.load(row_ptr + 7)))
+        if noise_ptr is None:
+            quad = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
+            z0, z1, z2, z3 = philox_normal4(tl.load(seeds_ptr + image), quad, step, PURPOSE)
+            z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+        else:
+            z = tl.load(noise_ptr + first + element, mask=inside, other=0.0)
+        x = x + std * z
+    tl.store(x_ptr + first + element, x, mask=inside)
+
+    if tl.max(bad.to(tl.int32), axis=0) > 0:
+        # An integer minimum: the order in which programs arrive does not matter.
+        tl.atomic_min(nonfinite_ptr, step * 4294967296 + image)
+
+
+def _launch(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    nonfinite: Tensor,
+    clip: str,
+    variance: str,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    x0: Tensor | None,
+    threshold: Tensor | None,
+) -> None:
+    n, channels, height, width = x.shape
+    pixels = height * width
+    if x.numel() == 0:
+        return
+    if backend.pixel_stride(out) is None:
+        out = out.contiguous()
+    stride_p = backend.pixel_stride(out)
+    with backend.on_device(x):
+        _reverse_step_kernel[(n, triton.cdiv(channels * pixels, 4 * _QUADS))](
+            x,
+            out,
+            table,
+            counter,
+            nonfinite,
+            seeds,
+            noise,
+            x0,
+            threshold,
+            channels,
+            pixels,
+            out.stride(0),
+            out.stride(1),
+            stride_p,
+            CLIP=clip,
+            VARIANCE=variance,
+            SECOND_HALF=out.shape[1] != channels,
+            NCHW=stride_p == 1 and out.stride(1) == pixels,
+            PURPOSE=PURPOSE_STEP,
+            COLUMN_COUNT=len(COLUMNS),
+            QUADS=_QUADS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+def reverse_step(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    nonfinite: Tensor,
+    *,
+    clip: str = "clamp",
+    variance: str = "fixed",
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    x0: Tensor | None = None,
+    threshold_ratio: float = 0.995,
+    threshold_max: float = 1.0,
+) -> None:
+    """Replace x_t by x_{t-1}, in place.
+
+    Args:
+        x: the state, float32 [N, C, H, W], NCHW contiguous.
+        out: the network's output, float32, float16 or bfloat16 [N, C, H, W] or [N, 2C, H, W], in any strides (NCHW and
+            channels_last are read as they lie). Of 2C channels the second half is the variance v.
+        table: float32 [rows, len(COLUMNS)], contiguous.
+        counter: int64 [1], the row to use, and the noise's draw number. Never written.
+        nonfinite: int64 [1], first set to NONFINITE_NONE by the caller; becomes the least of itself and
+            step 2^32 + image over all NaN and infinities in `out`. See `decode_nonfinite`.
+        clip: f is the identity ("none"), a clamp to +-clip ("clamp"), or the dynamic threshold ("dynamic"): a clamp to
+            +-S and a division by S, see `dynamic_threshold`. All pass NaN on.
+        variance: std is s ("fixed"); s sqrt(v) ("learned"); s exp((f log_max + (1 - f) log_min) / 2) with
+            f = (v + 1) / 2 ("learned_range"; Nichol and Dhariwal 2021, eq. 15). Where s is 0 no noise is added.
+        seeds: int64 [N]: z is Philox's, PURPOSE_STEP. Or
+        noise: float32 [N, C, H, W], NCHW contiguous: z itself.
+        x0: receives this step's x_0; float32 [N, C, H, W], NCHW contiguous.
+        threshold_ratio, threshold_max: of the dynamic threshold.
+
+    Raises:
+        ValueError: shapes, dtypes or strides other than these.
+    """
+    _check(x, out, table, counter, nonfinite, clip, variance, seeds, noise, x0)
+    if not backend.takes_kernel(x):
+        reverse_step_ref(
+            x,
+            out,
+            table,
+            counter,
+            nonfinite,
+            clip=clip,
+            variance=variance,
+            seeds=seeds,
+            noise=noise,
+            x0=x0,
+            threshold_ratio=threshold_ratio,
+            threshold_max=threshold_max,
+        )
+        return
+    threshold = None
+    if clip == "dynamic":  # a quantile needs the whole image: its own pass
+        threshold = dynamic_threshold(_unclipped_x0(x, out, table, counter), threshold_ratio, threshold_max)
+    call = torch.ops.ddpm.reverse_step if torch.compiler.is_compiling() else _launch
+    call(x, out, table, counter, nonfinite, clip, variance, seeds, noise, x0, threshold)
+
+
+def reverse_step_ref(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    nonfinite: Tensor,
+    *,
+    clip: str = "clamp",
+    variance: str = "fixed",
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    x0: Tensor | None = None,
+    threshold_ratio: float = 0.995,
+    threshold_max: float = 1.0,
+) -> None:
+    """`reverse_step` in plain PyTorch: the same operations in the same order, in x's dtype (float64 to judge by)."""
+    threshold = None
+    if clip == "dynamic":
+        threshold = dynamic_threshold(_unclipped_x0(x, out, table, counter), threshold_ratio, threshold_max)
+    _step_ref(x, out, table, counter, nonfinite, clip, variance, seeds, noise, x0, threshold)
+
+
+def _step_ref(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    nonfinite: Tensor,
+    clip: str,
+    variance: str,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    x0: Tensor | None,
+    threshold: Tensor | None,
+) -> None:
+    """The kernel's arguments and arithmetic."""
+    n, channels = x.shape[:2]
+    if x.numel() == 0:
+        return
+    _flag_nonfinite(out, counter, nonfinite)
+    _, _, _, c0, cx, ce, s, log_min, log_max, bound = _row(table, counter, x.dtype)
+    clipped = _unclipped_x0(x, out, table, counter)
+    if clip == "clamp":
+        clipped = torch.clamp(clipped, -bound, bound)
+    elif clip == "dynamic":
+        threshold = threshold.view(n, 1, 1, 1)
+        clipped = torch.clamp(clipped, -threshold, threshold) / threshold
+    if x0 is not None:
+        x0.copy_(clipped)
+    mean = c0 * clipped + cx * x + ce * out[:, :channels].to(x.dtype)
+
+    std = s
+    if variance != "fixed":
+        v = out[:, channels:].to(x.dtype)
+        if variance == "learned":
+            std = s * v.sqrt()
+        else:
+            f = (v + 1) * 0.5
+            std = s * torch.exp(0.5 * (f * log_max + (1 - f) * log_min))
+    z = noise
+    if z is None:
+        z = philox_normal_ref(seeds, x[0].numel(), counter, PURPOSE_STEP).view(x.shape)
+    x.copy_(torch.where(s == 0, mean, mean + std * z.to(x.dtype)))
+
+
+def _row(table: Tensor, counter: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return table.index_select(0, counter)[0].to(dtype).unbind()
+
+
+def _unclipped_x0(x: Tensor, out: Tensor, table: Tensor, counter: Tensor) -> Tensor:
+    kx, ke, kd = _row(table, counter, x.dtype)[:3]
+    return (kx * x + ke * out[:, : x.shape[1]].to(x.dtype)) / kd
+
+
+def _flag_nonfinite(out: Tensor, counter: Tensor, nonfinite: Tensor) -> None:
+    finite = out.isfinite().flatten(1).all(dim=1)  # [N]
+    flags = counter * 2**32 + torch.arange(len(out), device=out.device)
+    nonfinite.copy_(torch.minimum(nonfinite, torch.where(finite, NONFINITE_NONE, flags).amin()))
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, maximum: float) -> Tensor:
+    """The dynamic threshold S of each image, in 1 .. maximum (Saharia et al. 2022, section 2.3).
+
+    The `ratio` quantile of |x_0| with linear interpolation: the arithmetic of `torch.quantile`, which itself refuses
+    more than 16 million elements. An image with a NaN has S = NaN.
+
+    Args:
+        x0: [N, C, H, W] before the clip.
+
+    Returns:
+        [N], in x0's dtype.
+    """
+    values = x0.abs().flatten(1).sort(dim=1).values  # [N, elements]; NaN sorts last
+    last = values.shape[1] - 1
+    rank = torch.full((1, 1), ratio, dtype=x0.dtype, device=x0.device) * last
+    below, above = (values.gather(1, r.long().expand(len(values), 1))[:, 0] for r in (rank.floor(), rank.ceil()))
+    quantile = torch.lerp(below, above, (rank - rank.floor())[0])
+    return torch.where(values[:, last].isnan(), values[:, last], quantile).clamp(1, maximum)
+
+
+def _check(
+    x: Tensor,
+    out: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    nonfinite: Tensor,
+    clip: str,
+    variance: str,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    x0: Tensor | None,
+) -> None:
+    if clip not in CLIPS:
+        raise ValueError(f"clip {clip!r} is not one of {', '.join(CLIPS)}")
+    if variance not in VARIANCES:
+        raise ValueError(f"variance {variance!r} is not one of {', '.join(VARIANCES)}")
+    if (seeds is None) == (noise is None):
+        raise ValueError("give the noise as exactly one of seeds and noise")
+    for name, tensor in (("x", x), ("noise", noise), ("x0", x0)):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.shape == x.shape and tensor.ndim == 4):
+            raise ValueError(
+                f"{name} must be [N, C, H, W] like x, NCHW contiguous; found shape {list(tensor.shape)}, strides "
+                f"{list(tensor.stride())}, and x of shape {list(x.shape)}"
+            )
+        if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
+            raise ValueError(f"{name} must be float32; found {tensor.dtype}")
+    if x.dtype != torch.float32 and backend.uses_triton(x.device):
+        raise ValueError(f"x must be float32; found {x.dtype}")
+    n, channels, height, width = x.shape
+    counts = (channels, 2 * channels) if variance == "fixed" else (2 * channels,)
+    if out.ndim != 4 or out.shape[1] not in counts or out.shape != (n, out.shape[1], height, width):
+        expected = " or ".join(str([n, c, height, width]) for c in counts)
+        raise ValueError(f"out must have shape {expected} for variance {variance!r}; found {list(out.shape)}")
+    if table.ndim != 2 or table.shape[1] != len(COLUMNS) or not table.is_contiguous():
+        raise ValueError(f"table must be contiguous [rows, {len(COLUMNS)}]; found {list(table.shape)}")
+    if seeds is not None and (seeds.dtype != torch.int64 or seeds.shape != (n,)):
+        raise ValueError(f"seeds must be int64 [{n}]; found {seeds.dtype} {list(seeds.shape)}")
+    for name, tensor in (("counter", counter), ("nonfinite", nonfinite)):
+        if tensor.dtype != torch.int64 or tensor.shape != (1,):
+            raise ValueError(f"{name} must be int64 [1]; found {tensor.dtype} {list(tensor.shape)}")
+
+
+def _fake(*args) -> None:
+    return None
+
+
+backend.register(
+    "reverse_step(Tensor(a!) x, Tensor out, Tensor table, Tensor counter, Tensor(b!) nonfinite, str clip, "
+    "str variance, Tensor? seeds, Tensor? noise, Tensor(c!)? x0, Tensor? threshold) -> ()",
+    _launch,
+    _step_ref,
+    _fake,
+)

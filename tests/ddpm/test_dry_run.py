@@ -1,0 +1,201 @@
+"""The captured step on fake GPUs: what is launched, in which order, from which binaries, without a read by the host."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import ddpm
+from ddpm.checkpoints import load_checkpoint
+from ddpm.fused import FusedUNet, GroupNormSiLU
+from ddpm.kernels.philox import PURPOSE_INITIAL, philox_normal
+from ddpm.kernels.reverse_step import NONFINITE_NONE
+from ddpm.loop import ChainShape, Loop
+from ddpm.noise import GeneratorNoise, seeds_to_tensor
+from ddpm.schedule import NoiseSchedule
+from ddpm.steps import SamplingRules, StepTable, ddpm_steps
+from ddpm.unet import UNet, UNetConfig
+from tests.dry_cuda import Capture, Dry, HostRead, dry_cuda
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, does not interpret")
+
+DEVICE = torch.device("cuda:0")
+STEPS = 7  # more than Loop keeps in flight
+DEMO = Path(ddpm.__file__).parent / "assets" / "emoji32-smileys"
+TINY = {"block_out_channels": (32, 64), "down_attention": (False, True), "up_attention": (True, False)}
+CONFIGS = {
+    "tiny": UNetConfig(**TINY, norm_num_groups=8, mid_norm_num_groups=8),
+    "tiny scale-shift": UNetConfig(**TINY, scale_shift=True, out_channels=6, attention_head_dim=16),
+    "cifar10-32": UNetConfig(
+        block_out_channels=(128, 256, 256, 256),
+        down_attention=(False, True, False, False),
+        up_attention=(False, False, True, False),
+        downsample_padding=0,
+        norm_eps=1e-6,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+    ),
+}
+
+
+@cache
+def reference(name: str) -> UNet:
+    """Random weights: their values do not matter here."""
+    return load_checkpoint(DEMO).network if name == "demo" else UNet(CONFIGS[name])
+
+
+@cache
+def table(variance_type: str) -> StepTable:
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    return ddpm_steps(NoiseSchedule.from_betas(betas), SamplingRules(variance_type=variance_type), STEPS)
+
+
+@dataclass
+class DryRun:
+    """A chain that was run dry. Attributes: dry; loop; norms: per norm, in order of execution, its launches."""
+
+    dry: Dry
+    loop: Loop
+    norms: list[list[str]]
+
+    @property
+    def capture(self) -> Capture:
+        (capture,) = self.dry.captures
+        return capture
+
+
+def dry_run(
+    arch: int, name: str, batch: int, size: int, dtype: torch.dtype, noise: str, preview: bool = False
+) -> DryRun:
+    """Run a chain of STEPS steps as `Sampler` does, with noise from "seeds" or from a CPU "generator"."""
+    steps = table("learned_range" if reference(name).config.out_channels == 6 else "fixed_small")
+    fused = FusedUNet(reference(name), dtype)
+    shape = ChainShape(
+        batch=batch,
+        channels=3,
+        height=size,
+        width=size,
+        capacity=1000,
+        clip=steps.rules.clip,
+        variance=steps.variance,
+        threshold_ratio=steps.rules.threshold_ratio,
+        threshold_max=steps.rules.threshold_max,
+        generator_noise=noise == "generator",
+        preview=preview,
+    )
+    norms: list[list[str]] = []
+    with dry_cuda(arch) as dry:
+        dry.to_fake_cuda(fused)
+        for module in fused.modules():
+            if isinstance(module, GroupNormSiLU):
+                _record_launches(module, dry, norms)
+        loop = Loop(fused, shape, DEVICE, compiled=False)
+        dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
+        if noise == "seeds":
+            seeds = seeds_to_tensor(range(batch)).to(DEVICE)
+            x = philox_normal(seeds, (3, size, size), 0, PURPOSE_INITIAL)
+            first = len(dry.launches)
+            images = loop.run(steps, x, seeds=seeds)
+        else:
+            generator = GeneratorNoise(torch.Generator().manual_seed(0), batch, DEVICE)
+            first = len(dry.launches)
+            images = loop.run(steps, generator.draw((batch, 3, size, size)).to(DEVICE), generator=generator)
+        assert (images.shape, images.dtype, images.device) == ((batch, 3, size, size), torch.float32, DEVICE)
+    captured = [launch.name for launch in dry.captures[0].launches]
+    # twice to warm up, once to capture, and then nothing but replays
+    assert [launch.name for launch in dry.launches[first:]] == 3 * captured
+    assert len(norms) % 3 == 0
+    return DryRun(dry, loop, norms[: len(norms) // 3])
+
+
+def _record_launches(module: GroupNormSiLU, dry: Dry, norms: list[list[str]]) -> None:
+    start = 0
+
+    def before(*_: object) -> None:
+        nonlocal start
+        start = len(dry.launches)
+
+    def after(*_: object) -> None:
+        norms.append([launch.op for launch in dry.launches[start:]])
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def check(run: DryRun) -> None:
+    """What holds for every network: one capture, the fused kernels in order, nothing spilled, the counter last."""
+    dry, capture = run.dry, run.capture
+    assert run.loop.captures == 1
+    assert capture.replays == STEPS
+    assert dry.reads == 1  # the flag of non-finite outputs, at the end
+    count = sum(isinstance(module, GroupNormSiLU) for module in run.loop.network.modules())
+    assert len(run.norms) == count
+    # a norm is one launch, or two where the statistics are split
+    assert all(ops in (["group_norm_silu"], ["group_norm_silu"] * 2) for ops in run.norms)
+    launched = [launch.op for launch in capture.launches]
+    assert launched == [op for ops in run.norms for op in ops] + ["reverse_step"]
+    assert capture.ops[0] == "index_select"  # the step's row of the time table
+    assert capture.ops[-2:] == [capture.launches[-1].name, "add_"]  # the counter moves on behind all its readers
+    for launch in dry.launches:
+        assert launch.spills == 0, launch
+        assert launch.options.get("enable_fp_fusion") is not None, launch  # its default depends on Triton's version
+
+
+@pytest.mark.parametrize("noise", ["seeds", "generator"])
+@pytest.mark.parametrize("name", ["tiny", "tiny scale-shift"])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_chain(arch, name, noise):
+    dtype = torch.float32 if name == "tiny" else torch.float16
+    run = dry_run(arch, name, 3, 16, dtype, noise, preview=noise == "generator")
+    check(run)
+    assert (run.loop.buffers.seeds is None) == (noise == "generator")
+
+
+# Per step: Triton launches, and all launches if every other operation of PyTorch is one.
+LAUNCHES: dict[tuple[str, int], tuple[int, int]] = {}
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("name", ["demo", "cifar10-32"])
+def test_the_step_of_real_networks(name, batch):
+    run = dry_run(90, name, batch, 32, torch.float16, "seeds")
+    check(run)
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in run.loop.network.modules())
+    assert run.capture.ops.count("convolution") == convolutions
+    # NHWC all the way: a copy of an activation would show that a layer left it
+    assert run.capture.ops.count("clone") == 1, run.capture.ops  # the input, on its way to NHWC
+    assert run.capture.ops.count("_to_copy") == 2  # the input to float16, and the last convolution's back to float32
+    assert (len(run.capture.launches), len(run.capture.ops)) == LAUNCHES[name, batch]
+
+
+def test_a_second_chain_is_captured_no_more():
+    run = dry_run(90, "tiny", 2, 16, torch.float32, "seeds")
+    # a later, shorter batch is padded to the captured one
+    fused, steps = run.loop.network, table("fixed_small")
+    with dry_cuda(90) as dry:
+        loop = Loop(fused, run.loop.shape, DEVICE, compiled=False)
+        dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
+        for n in (2, 1):
+            x = torch.zeros(n, 3, 16, 16, device=DEVICE)
+            assert len(loop.run(steps, x, seeds=torch.zeros(n, dtype=torch.int64, device=DEVICE))) == n
+    assert len(dry.captures) == loop.captures == 1
+    assert dry.replays == 2 * STEPS
+
+
+def test_a_host_read_in_the_step_is_found(monkeypatch):
+    original = FusedUNet.forward
+
+    def forward(self: FusedUNet, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        out = original(self, x, time)
+        return out if out.isfinite().all() else out * 0
+
+    monkeypatch.setattr(FusedUNet, "forward", forward)
+    with pytest.raises(HostRead):
+        dry_run(90, "tiny", 2, 16, torch.float32, "seeds")

@@ -1,0 +1,227 @@
+"""The step table against diffusers' DDPMScheduler: timesteps exactly, one step within 1e-6."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, reverse_step
+from diffusers import DDPMScheduler
+
+from ddpm.checkpoints.diffusers import SCHEDULER_DEFAULTS, _rules, _schedule
+from ddpm.schedule import NoiseSchedule, beta_schedule
+from ddpm.steps import SPACINGS, SamplingRules, StepTable, check_timesteps, ddpm_steps, spaced_timesteps
+
+
+def linear(total: int = 1000) -> NoiseSchedule:
+    return NoiseSchedule.from_betas(beta_schedule("linear", total))
+
+
+def chain(steps: int, spacing: str = "leading", total: int = 1000, offset: int = 0) -> list[int]:
+    return spaced_timesteps(total, steps, SamplingRules(timestep_spacing=spacing, steps_offset=offset))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("total", [1000, 100, 77])
+def test_timesteps_equal_diffusers_for_every_number_of_steps(spacing, total):
+    scheduler = DDPMScheduler(num_train_timesteps=total, timestep_spacing=spacing)
+    for steps in range(1, total + 1):
+        scheduler.set_timesteps(steps)
+        ours, theirs = chain(steps, spacing, total), scheduler.timesteps.tolist()
+        # Floating point makes some of diffusers' "trailing" chains one step too long, with a last timestep of -1.
+        assert theirs == ours or (spacing == "trailing" and theirs == [*ours, -1]), steps
+        assert len(ours) == steps
+        assert min(ours) >= 0, steps
+        assert max(ours) < total, steps
+
+
+def test_diffusers_timestep_of_minus_one_is_left_out():
+    scheduler = DDPMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(61)
+    assert scheduler.timesteps.tolist() == [*chain(61, "trailing"), -1]
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+def test_steps_offset_equals_diffusers(offset):
+    scheduler = DDPMScheduler(steps_offset=offset)
+    for steps in (1, 7, 50, 250, 400):
+        scheduler.set_timesteps(steps)
+        assert chain(steps, offset=offset) == scheduler.timesteps.tolist()
+
+
+def test_an_offset_past_the_last_timestep_is_refused():
+    """diffusers raises IndexError in the middle of it."""
+    with pytest.raises(ValueError, match=r"steps_offset=1 starts at timestep 1000, past the last trained one, 999"):
+        chain(1000, offset=1)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, True, 2.0, "10"])
+def test_a_number_of_steps_out_of_range_is_refused(steps):
+    with pytest.raises(ValueError, match="steps must be an integer from 1 to 1000"):
+        chain(steps)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "fixed_small": {},
+    "fixed_small_log": {"variance_type": "fixed_small_log"},
+    "fixed_large": {"variance_type": "fixed_large"},
+    "learned": {"variance_type": "learned"},
+    "learned_range": {"variance_type": "learned_range"},
+    "sample": {"prediction_type": "sample"},
+    "v_prediction": {"prediction_type": "v_prediction"},
+    "no clip, sample": {"clip_sample": False, "prediction_type": "sample"},
+    "no clip, v": {"clip_sample": False, "prediction_type": "v_prediction"},
+    "clip range": {"clip_sample_range": 0.5},
+    "thresholding": {"thresholding": True},
+    "thresholding, max": {"thresholding": True, "sample_max_value": 3.0, "dynamic_thresholding_ratio": 0.8},
+    "thresholding, no clip, learned_range": {
+        "thresholding": True,
+        "clip_sample": False,
+        "sample_max_value": 2.0,
+        "variance_type": "learned_range",
+    },
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "laplace": {"beta_schedule": "laplace", "variance_type": "fixed_large"},
+    "sigmoid": {"beta_schedule": "sigmoid"},
+    "zero-SNR, v": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    "zero-SNR, epsilon": {"rescale_betas_zero_snr": True},
+    "zero-SNR, sample": {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
+}
+# Exact equality is not asked of these: a power or exponential of a tensor may be rounded in another way.
+NOT_BITWISE = {"learned", "learned_range", "thresholding, no clip, learned_range"}
+
+
+def both_chains(settings: dict[str, Any], steps: int, spacing: str) -> tuple[StepTable, DDPMScheduler]:
+    settings = settings | {"timestep_spacing": spacing}
+    scheduler = DDPMScheduler(**settings)
+    scheduler.set_timesteps(steps)
+    merged, path = SCHEDULER_DEFAULTS | settings, Path("scheduler_config.json")
+    return ddpm_steps(_schedule(merged, path), _rules(merged, path), steps), scheduler
+
+
+def both_steps(table: StepTable, scheduler: DDPMScheduler, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ours, diffusers') x_{t-1} of step i of a chain, from the same x_t, output and noise."""
+    rules = table.rules
+    t = int(scheduler.timesteps[i])
+    assert int(table.timesteps[i]) == t
+
+    g = torch.Generator().manual_seed(i)
+    x = torch.randn(3, 3, 5, 7, generator=g)
+    out = torch.randn(3, 6 if rules.learned_variance else 3, 5, 7, generator=g)
+    if rules.variance_type == "learned":
+        out[:, 3:] = out[:, 3:].abs()  # a variance
+    source = torch.Generator().manual_seed(99)
+    theirs = scheduler.step(out, t, x, generator=source).prev_sample
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(99))
+    ours = x.clone()
+    flag = torch.full((1,), NONFINITE_NONE, dtype=torch.int64)
+    reverse_step(
+        ours,
+        out,
+        table.coefficients,
+        torch.tensor([i]),
+        flag,
+        clip=rules.clip,
+        variance=table.variance,
+        seeds=None,
+        noise=noise,
+        x0=None,
+        threshold_ratio=rules.threshold_ratio,
+        threshold_max=rules.threshold_max,
+    )
+    assert int(flag) == NONFINITE_NONE
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("steps", "spacing"), [(1000, "leading"), (50, "trailing"), (7, "linspace")])
+def test_one_step_equals_diffusers(name, steps, spacing):
+    table, scheduler = both_chains(STEPS[name], steps, spacing)
+    for i in sorted({0, 1, steps // 3, steps // 2, steps - 2, steps - 1}):
+        ours, theirs = both_steps(table, scheduler, i)
+        assert theirs.isfinite().all()
+        if name in NOT_BITWISE:
+            assert float((ours - theirs).abs().max()) <= 1e-6, (i, float((ours - theirs).abs().max()))
+        else:
+            assert torch.equal(ours, theirs), (i, float((ours - theirs).abs().max()))
+
+
+def test_one_step_without_clip_of_an_epsilon_prediction():
+    """x_0 is unbounded there (1/sqrt(a) is 159 at t = 999), so the bound is relative."""
+    table, scheduler = both_chains({"clip_sample": False}, 1000, "leading")
+    for i in (0, 1, 333, 998, 999):
+        ours, theirs = both_steps(table, scheduler, i)
+        assert float((ours - theirs).abs().max()) <= 1e-6 * max(1.0, float(theirs.abs().max()))
+
+
+def test_the_last_step_of_a_chain_that_ends_above_zero_draws():
+    rules = SamplingRules(variance_type="fixed_large", timestep_spacing="trailing")
+    table = ddpm_steps(linear(), rules, 50)
+    assert int(table.timesteps[-1]) == 19
+    assert table.draws == (True,) * 50
+    assert float(table.coefficients[-1, COLUMNS.index("s")]) == pytest.approx(0.076, abs=1e-3)
+    leading = ddpm_steps(linear(), SamplingRules(), 50)
+    assert leading.draws == (True,) * 49 + (False,)
+    assert float(leading.coefficients[-1, COLUMNS.index("s")]) == 0.0
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_a_learned_variance_does_not_draw_at_zero(variance):
+    table = ddpm_steps(linear(), SamplingRules(variance_type=variance), 10)
+    assert table.draws[-1] is False
+    assert float(table.coefficients[-1, COLUMNS.index("s")]) == 0.0
+    assert table.variance == variance
+
+
+def test_the_last_step_at_zero_returns_x_0():
+    row = ddpm_steps(linear(), SamplingRules(), 1000).coefficients[-1]
+    assert float(row[COLUMNS.index("c0")]) == 1.0
+    assert float(row[COLUMNS.index("cx")]) == 0.0
+
+
+def test_fixed_large_log_is_refused_with_a_remedy():
+    with pytest.raises(ValueError, match=r"fixed_large_log.*NaN.*set variance_type to 'fixed_large'"):
+        SamplingRules(variance_type="fixed_large_log")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prediction_type", "eps"), ("variance_type", "big"), ("clip", "soft"), ("timestep_spacing", "karras")],
+)
+def test_unknown_rules_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} '{value}' is not one of"):
+        SamplingRules(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "sentence"),
+    [
+        ([], "non-empty sequence of integers"),
+        ([5, 2.5, 1], "non-empty sequence of integers"),
+        ([1, 5], "strictly descending"),
+        ([5, 5, 1], "strictly descending"),
+        ([1000, 5], r"lie in 0 \.\. 999; got 1000 \.\. 5"),
+        ([5, -1], r"lie in 0 \.\. 999; got 5 \.\. -1"),
+    ],
+)
+def test_bad_custom_timesteps_are_refused(timesteps, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_timesteps(timesteps, 1000)
+
+
+def test_custom_timesteps_of_any_integer_type():
+    assert check_timesteps(torch.tensor([999, 3]), 1000) == [999, 3]
+    assert check_timesteps((5,), 1000) == [5]
+
+
+def test_timesteps_exclude_steps_and_spacing():
+    for other in ({"steps": 3}, {"spacing": "trailing"}):
+        with pytest.raises(ValueError, match="either timesteps or steps and spacing, not both"):
+            ddpm_steps(linear(), SamplingRules(), timesteps=[5, 1], **other)
+
+
+def test_no_steps_means_all_of_them_and_spacing_overrides():
+    assert ddpm_steps(linear(10), SamplingRules()).timesteps.tolist() == list(range(9, -1, -1))
+    assert ddpm_steps(linear(), SamplingRules(), 4, spacing="trailing").timesteps.tolist() == [999, 749, 499, 249]

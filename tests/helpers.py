@@ -1,0 +1,122 @@
+"""Builders that the tests share: tiny networks of stock diffusers with visible weights, saved as checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+# Small enough that a forward takes milliseconds; attention on the lower level and in the middle.
+TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+CIFAR: dict[str, Any] = {  # google/ddpm-cifar10-32
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+}
+TRAINING_SCRIPT: dict[str, Any] = {  # examples/unconditional_image_generation, its defaults
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def redraw(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every weight anew: at diffusers' own initialisation (norms at 1) some mistakes would be invisible."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(network.named_parameters()):
+            values = torch.randn(p.shape, generator=generator)
+            if name == "time_proj.weight":
+                p.copy_(values)  # a table of embeddings, or the frequencies of a Fourier embedding
+            elif p.dim() > 1:
+                p.copy_(values / p[0].numel() ** 0.5)
+            elif name.endswith("weight"):
+                p.copy_(1 + 0.1 * values)
+            else:
+                p.copy_(0.1 * values)
+    return network
+
+
+def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DModel:
+    return redraw(UNet2DModel(**(TINY | changes)), seed).eval()
+
+
+def tiny_pipeline(
+    unet: dict[str, Any] | None = None, *, seed: int = 0, positive_variance: bool = False, **scheduler: Any
+) -> DDPMPipeline:
+    """A stock pipeline; learned variances get their six channels.
+
+    Args:
+        unet: changes to TINY.
+        positive_variance: keep the second half of the output near 0.5, which variance_type "learned" takes a root of.
+        scheduler: settings of DDPMScheduler; T is 100 unless given, so that unclipped chains stay of order 1.
+    """
+    changes = dict(unet or {})
+    if str(scheduler.get("variance_type")).startswith("learned"):
+        changes.setdefault("out_channels", 6)
+    network = tiny_unet(seed, **changes)
+    if positive_variance:
+        half = network.config.out_channels // 2
+        with torch.no_grad():
+            network.conv_out.weight[half:] *= 0.02
+            network.conv_out.bias[half:] = 0.5
+    pipe = DDPMPipeline(network, DDPMScheduler(**({"num_train_timesteps": 100} | scheduler)))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_tiny(directory: Path, unet: dict[str, Any] | None = None, **options: Any) -> Path:
+    """A pipeline directory that diffusers saved; options as in `tiny_pipeline`."""
+    tiny_pipeline(unet, **options).save_pretrained(directory)
+    return directory
+
+
+def stock_images(pipe: DDPMPipeline, n: int, generator: Any, **options: Any) -> Tensor:
+    """x_0 of the stock pipeline in [-1, 1], taken before its clamp, which would hide differences.
+
+    That the pipeline's own "pt" output is this, clamped, is checked on the way.
+    """
+    last: list[Tensor] = []
+    step = pipe.scheduler.step
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        last[:] = [result.prev_sample]
+        return result
+
+    pipe.scheduler.step = recording
+    try:
+        images = pipe(batch_size=n, generator=generator, output_type="pt", **options).images
+    finally:
+        del pipe.scheduler.step
+    torch.testing.assert_close(images, (last[0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=0)
+    return last[0]
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """max |difference| over the rms of what is expected; NaN counts as infinite."""
+    assert actual.shape == expected.shape
+    difference = float((actual.double() - expected.double()).abs().max() / expected.double().square().mean().sqrt())
+    return difference if difference == difference else float("inf")

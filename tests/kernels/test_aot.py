@@ -1,0 +1,160 @@
+"""Every kernel compiled ahead of time for GPUs that are not here: nothing spilled, no more shared memory than there is.
+
+Launchers are called on fake tensors (`tests/dry_cuda.py`), so each binary is the one that a real call would compile.
+The helper itself refuses what a chip has not (shared memory, registers, grids). Of the product of all options every
+n-th case is taken, fewer where the chip is not an H100; n is coprime to the lengths of the axes, so that every value
+meets almost every other.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ddpm.kernels.group_norm_silu import group_norm_silu
+from ddpm.kernels.philox import PURPOSE_IMG2IMG, PURPOSE_INITIAL, philox_normal
+from ddpm.kernels.reverse_step import COLUMNS, reverse_step
+from tests.dry_cuda import CHIPS, Dry, dry_cuda
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, does not interpret")
+
+DEVICE = torch.device("cuda:0")
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+def thinned(main_step: int, other_step: int, *axes: Any) -> list[Any]:
+    """Test cases (arch, *values): every main_step-th of the axes' product on H100, every other_step-th elsewhere."""
+    whole = list(product(*axes))
+    return [
+        pytest.param(arch, *case, id="-".join(str(v).removeprefix("torch.") for v in (arch, *case)))
+        for arch in CHIPS
+        for case in whole[:: main_step if arch == 90 else other_step]
+    ]
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "NCHW") -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE, memory_format=LAYOUTS[layout])
+
+
+def check(dry: Dry) -> None:
+    assert dry.launches
+    for launch in dry.launches:
+        assert launch.spills == 0, launch
+        assert 0 < launch.regs <= 255, launch
+        assert launch.shared <= dry.chip.shared_limit, launch
+        # Given, since its default depends on Triton's version.
+        assert "enable_fp_fusion" in launch.options, launch
+
+
+@pytest.mark.parametrize("purpose", [PURPOSE_INITIAL, PURPOSE_IMG2IMG])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 7, 5)])
+@pytest.mark.parametrize("arch", CHIPS)
+def test_philox_normal(arch, shape, purpose):
+    with dry_cuda(arch) as dry:
+        z = philox_normal(torch.empty(4, dtype=torch.int64, device=DEVICE), shape, 2, purpose)
+    assert (z.shape, z.dtype, z.device, z.is_contiguous()) == ((4, *shape), torch.float32, DEVICE, True)
+    assert len(dry.launches) == 1
+    check(dry)
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels", "clip", "variance", "noise", "preview", "dtype", "layout"),
+    thinned(
+        5,
+        23,
+        (3, 1),
+        ("none", "clamp", "dynamic"),
+        ("fixed", "learned", "learned_range"),
+        ("seeds", "noise"),
+        (False, True),
+        (torch.float32, torch.float16),
+        LAYOUTS,
+    ),
+)
+def test_reverse_step(arch, channels, clip, variance, noise, preview, dtype, layout):
+    n, size = 4, 32
+    with dry_cuda(arch) as dry:
+        reverse_step(
+            tensor(n, channels, size, size),
+            tensor(n, channels if variance == "fixed" else 2 * channels, size, size, dtype=dtype, layout=layout),
+            torch.empty(1000, len(COLUMNS), device=DEVICE),
+            torch.empty(1, dtype=torch.int64, device=DEVICE),
+            torch.empty(1, dtype=torch.int64, device=DEVICE),
+            clip=clip,
+            variance=variance,
+            seeds=torch.empty(n, dtype=torch.int64, device=DEVICE) if noise == "seeds" else None,
+            noise=tensor(n, channels, size, size) if noise == "noise" else None,
+            x0=tensor(n, channels, size, size) if preview else None,
+        )
+    assert [launch.op for launch in dry.launches] == ["reverse_step"]
+    check(dry)
+
+
+GROUPS = {32: 32, 96: 32, 192: 8, 320: 32, 384: 32}
+# (batch, size): groups of the small images fit in one program, those of the large one do not.
+FORMS = {"one-pass": (64, 8), "split": (1, 96)}
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels", "form", "mode", "silu", "dtype", "layout"),
+    thinned(
+        7,
+        23,
+        GROUPS,
+        FORMS,
+        ("plain", "add", "scale-shift"),
+        (True, False),
+        (torch.float32, torch.float16, torch.bfloat16),
+        LAYOUTS,
+    ),
+)
+def test_group_norm_silu(arch, channels, form, mode, silu, dtype, layout):
+    batch, size = FORMS[form]
+    with dry_cuda(arch) as dry:
+        x = tensor(batch, channels, size, size, dtype=dtype, layout=layout)
+        # Slices of the time table's row, as the fused network has them.
+        row = torch.empty(1, 3 * channels, device=DEVICE)
+        add, scale, shift = row.chunk(3, dim=1)
+        y = group_norm_silu(
+            x,
+            GROUPS[channels],
+            torch.empty(channels, device=DEVICE),
+            torch.empty(channels, device=DEVICE),
+            1e-5,
+            add=None if mode == "plain" else add,
+            scale=scale if mode == "scale-shift" else None,
+            shift=shift if mode == "scale-shift" else None,
+            silu=silu,
+        )
+    assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
+    assert len(dry.launches) == (1 if form == "one-pass" else 2)
+    check(dry)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "layout"),
+    [
+        # Arguments that are 1 become constants, with other types than numbers have.
+        ((1, 32, 1, 1), 32, "NCHW"),
+        ((2, 32, 1, 1), 32, "NHWC"),
+        ((1, 8, 16, 16), 1, "NHWC"),
+        ((1, 1, 96, 96), 1, "NCHW"),
+        ((3, 9, 5, 7), 3, "NHWC"),
+        ((1, 1536, 8, 8), 32, "NHWC"),
+        ((1, 256, 256, 256), 32, "NHWC"),
+    ],
+)
+@pytest.mark.parametrize("add", [False, True])
+def test_group_norm_silu_of_unusual_shapes(shape, groups, layout, add):
+    with dry_cuda(90) as dry:
+        weight = torch.empty(shape[1], device=DEVICE)
+        x = tensor(*shape, dtype=torch.float16, layout=layout)
+        y = group_norm_silu(x, groups, weight, weight, 1e-5, add=weight[None] if add else None)
+    assert y.shape == x.shape
+    check(dry)
