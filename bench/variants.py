@@ -74,10 +74,10 @@ class Diffusers:
         disable_progress_bar()  # of loading; `set_progress_bar_config` is for sampling
         self.setting, self.dtype = setting, dtype or setting.dtype
         # low_cpu_mem_usage needs accelerate, and warns without it
-        self.pipe = DDPMPipeline.from_pretrained(
-            setting.checkpoint.source, torch_dtype=DTYPES[self.dtype], low_cpu_mem_usage=False
-        )
+        self.pipe = DDPMPipeline.from_pretrained(setting.checkpoint.source, low_cpu_mem_usage=False)
         self.pipe.to(setting.device)
+        if self.pipe.unet.dtype != DTYPES[self.dtype]:
+            self.pipe.to(DTYPES[self.dtype])
         self.pipe.set_progress_bar_config(disable=True)
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:

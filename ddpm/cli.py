@@ -175,13 +175,14 @@ def sample(
     interrupted = False
     try:
         for batch in stream:
+            batch_seeds = seed_list[len(done) : len(done) + len(batch.images)]
             pictures = files_of.to_uint8(batch.images, rounding)
             if file_format == "png":
-                for seed, picture in zip(batch.seeds, pictures, strict=True):
+                for seed, picture in zip(batch_seeds, pictures, strict=True):
                     files_of.save_png(picture, out / f"{seed:06d}.png")
             if grid or file_format == "npz":
                 finished.append(pictures)
-            done += batch.seeds
+            done += batch_seeds
     except KeyboardInterrupt:
         interrupted = True
     if finished:

@@ -60,8 +60,10 @@ def save_png(image: np.ndarray, path: Path) -> None:
 
 def save_npz(images: np.ndarray, seeds: Sequence[int] | None, path: Path) -> None:
     """Write uint8 [N, H, W, C] as arr_0, the name that FID tools read, and the seeds beside it."""
-    arrays = {"arr_0": images} | ({} if seeds is None else {"seeds": np.array(seeds, dtype=np.uint64)})
-    _write(path, lambda file: np.savez(file, **arrays))
+    if seeds is None:
+        _write(path, lambda file: np.savez(file, arr_0=images))
+    else:
+        _write(path, lambda file: np.savez(file, arr_0=images, seeds=np.array(seeds, dtype=np.uint64)))
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 60, hold: int = 1500) -> None:

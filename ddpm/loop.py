@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ class Loop:
 
     def _compile(self) -> Callable[..., None]:
         # Default mode: its own CUDA graphs would not mix with ours. Freezing prepacks the weights for oneDNN.
-        options = {"freezing": True} if self.device.type == "cpu" else None
+        options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
         self.compilations += 1
         return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
@@ -222,9 +223,11 @@ class Loop:
             self.prepare()  # warm-up overwrites the state, so it comes before the state is set
             self._reset()
             _fill(buffers.x, x_T)
-            if buffers.seeds is not None:
+            if buffers.seeds is not None and seeds is not None:
                 _fill(buffers.seeds, seeds)
-            feed = None if buffers.noise is None else NoiseFeed(generator, buffers.noise, n)
+            feed = None
+            if buffers.noise is not None and generator is not None:
+                feed = NoiseFeed(generator, buffers.noise, n)
             pace = Pace(self.device)
             for i in range(len(table)):
                 if feed is not None and table.draws[i]:

@@ -83,8 +83,10 @@ def standard_deviation(posterior_variance: Tensor, beta: Tensor, v: Tensor | Non
     if variance_type == "fixed_large":
         return beta.sqrt()
     if variance_type == "learned":
+        assert v is not None
         return v.sqrt()
     if variance_type == "learned_range":
+        assert v is not None
         f = (v + 1) / 2
         return torch.exp(0.5 * (f * beta.log() + (1 - f) * posterior_variance.log()))
     return posterior_variance.sqrt()

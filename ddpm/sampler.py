@@ -341,11 +341,12 @@ class Run:
         elif source is not None:
             x_T = source.draw((stop - start, *s.image_shape)).to(s.device)
         else:
+            assert seeds is not None  # a run has seeds or a generator
             x_T = philox_normal(seeds, s.image_shape, 0, PURPOSE_INITIAL)
 
         def on_step(i: int) -> None:
             advance()
-            if self.callback is not None:
+            if self.callback is not None and loop.buffers.x_0 is not None:
                 preview = loop.buffers.x_0[: stop - start].cpu().clone()
                 self.callback(i, int(self.table.timesteps[i]), preview)
 

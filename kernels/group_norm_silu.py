@@ -264,10 +264,11 @@ def _statistics_kernel(
     PADDED_GROUPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """Partial statistics. One program: `chunk` pixels of GROUPS whole groups; grid (N, splits, group blocks).
+    """Partial statistics. One program: `chunk` = TILES BLOCK_P pixels of GROUPS groups; grid (N, splits, group blocks).
 
-    Arguments as in `_one_pass_kernel`. partials: float32 [N, splits, groups, 2], (mean, M2) over the chunk, one writer
+    Arguments as in `_one_pass_kernel`. partials: float32 [N, groups, 2, splits], mean and M2 over the chunk, one writer
     per slot. Each tile has its moments taken in two passes; tiles join in order of pixels by Chan's formula (Chan,
     Golub and LeVeque 1979); channels join into groups at the end.
     """
@@ -283,12 +284,13 @@ def _statistics_kernel(
 
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
-    for p0 in range(start, stop, BLOCK_P):
+    for tile in range(TILES):  # all programs have as many, and the last split's may be empty
+        p0 = start + tile * BLOCK_P
         inside = (p0 + pixel < stop)[:, None] & inside_c[None, :]
         v = _load_tile(x_ptr + tl.cast(p0, tl.int64) * x_p, add_ptr, pixel, lane, inside, inside_c, x_p, x_c)
-        count = tl.cast(tl.minimum(stop - p0, BLOCK_P), tl.float32)
-        tile_mean, tile_m2 = _channel_moments(v, inside, count)
-        before = tl.cast(p0 - start, tl.float32)
+        count = tl.cast(tl.maximum(tl.minimum(stop - p0, BLOCK_P), 0), tl.float32)
+        tile_mean, tile_m2 = _channel_moments(v, inside, tl.maximum(count, 1.0))
+        before = tl.cast(tile * BLOCK_P, tl.float32)
         fraction = count / (before + count)
         delta = tile_mean - mean
         mean += delta * fraction
@@ -298,10 +300,11 @@ def _statistics_kernel(
     group_mean, group_m2, _ = _group_moments(mean, m2, count, lane, WIDTH, PADDED_GROUPS)
     member = tl.arange(0, PADDED_GROUPS)
     group = tl.program_id(2) * GROUPS + member
-    slot = partials_ptr + ((image * tl.num_programs(1) + split) * groups + group) * 2
+    splits = tl.num_programs(1)
+    slot = partials_ptr + (image * groups + group) * (2 * splits) + split
     inside_g = (member < GROUPS) & (group < groups)
     tl.store(slot, group_mean, mask=inside_g)
-    tl.store(slot + 1, group_m2, mask=inside_g)
+    tl.store(slot + splits, group_m2, mask=inside_g)
 
 
 @backend.jit
@@ -358,17 +361,19 @@ def _apply_kernel(
     y_ptr += image * y_n + first * y_c + tl.cast(p0, tl.int64) * y_p
     v = _load_tile(x_ptr, add_ptr, pixel, lane, inside, inside_c, x_p, x_c)
 
+    # Splits lie along the second axis: reduced over the first, the compiler would carry this small tile's layout on
+    # to the large one, and move all of x through shared memory twice.
     split = tl.arange(0, PADDED_SPLITS)
     group = (c0 + lane) // WIDTH
-    slot = partials_ptr + ((image * splits + split)[:, None] * groups + group[None, :]) * 2
-    valid = (split < splits)[:, None] & inside_c[None, :]
+    slot = partials_ptr + ((image * groups + group) * (2 * splits))[:, None] + split[None, :]
+    valid = inside_c[:, None] & (split < splits)[None, :]
     part_mean = tl.load(slot, mask=valid, other=0.0)
-    part_m2 = tl.load(slot + 1, mask=valid, other=0.0)
-    count = tl.cast(tl.minimum(tl.maximum(pixels - split * chunk, 0), chunk), tl.float32)[:, None]
+    part_m2 = tl.load(slot + splits, mask=valid, other=0.0)
+    count = tl.cast(tl.minimum(tl.maximum(pixels - split * chunk, 0), chunk), tl.float32)[None, :]
     total = tl.cast(pixels, tl.float32)
-    mean = tl.sum(part_mean * count, axis=0) / total
-    d = tl.where(valid, part_mean - mean[None, :], 0.0)
-    m2 = tl.sum(part_m2 + (count * WIDTH) * d * d, axis=0)
+    mean = tl.sum(part_mean * count, axis=1) / total
+    d = tl.where(valid, part_mean - mean[:, None], 0.0)
+    m2 = tl.sum(part_m2 + (count * WIDTH) * d * d, axis=1)
     rstd = tl.rsqrt(m2 / (total * WIDTH) + eps)
     _finish(
         y_ptr,
@@ -462,7 +467,7 @@ def _launch(
                 **cut,
             )
             return y
-        partials = torch.empty((n, p.splits, num_groups, 2), dtype=torch.float32, device=x.device)
+        partials = torch.empty((n, num_groups, 2, p.splits), dtype=torch.float32, device=x.device)
         _statistics_kernel[(n, p.splits, blocks)](
             x,
             add,
@@ -474,6 +479,7 @@ def _launch(
             *x_strides,
             add_n,
             PADDED_GROUPS=padded_groups,
+            TILES=p.chunk // p.block_p,
             **cut,
         )
         pixel_blocks = triton.cdiv(pixels, p.block_p)

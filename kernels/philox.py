@@ -67,14 +67,17 @@ def _box_muller(w0, w1):
 
 
 @backend.jit
-def _philox_normal_kernel(z_ptr, seeds_ptr, draw_ptr, elements, PURPOSE: tl.constexpr, QUADS: tl.constexpr):
-    """z [N, elements] fp32 contiguous; seeds int64 [N]; draw int64 [1]. One program: QUADS quads of one image."""
-    image = tl.program_id(0)
-    quad = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
+def _philox_normal_kernel(z_ptr, seeds_ptr, draw_ptr, elements, blocks, PURPOSE: tl.constexpr, QUADS: tl.constexpr):
+    """One program: QUADS quads of one image; grid (N blocks), blocks of an image together.
+
+    z: float32 [N, elements], contiguous; seeds: int64 [N]; draw: int64 [1].
+    """
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    quad = block * QUADS + tl.arange(0, QUADS)
     z0, z1, z2, z3 = philox_normal4(tl.load(seeds_ptr + image), quad, tl.load(draw_ptr), PURPOSE)
     # Interleaved, a quad is four neighbours: one 16-byte store per thread.
     z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
-    element = tl.program_id(1) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
+    element = block * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     tl.store(z_ptr + image.to(tl.int64) * elements + element, z, mask=element < elements)
 
 
@@ -86,12 +89,14 @@ def _launch(seeds: Tensor, channels: int, height: int, width: int, draw: Tensor,
     z = seeds.new_empty((len(seeds), channels, height, width), dtype=torch.float32)
     elements = channels * height * width
     if z.numel():
+        blocks = triton.cdiv(elements, 4 * _QUADS)
         with backend.on_device(z):
-            _philox_normal_kernel[(len(seeds), triton.cdiv(elements, 4 * _QUADS))](
+            _philox_normal_kernel[(len(seeds) * blocks,)](
                 z,
                 seeds,
                 draw,
                 elements,
+                blocks,
                 PURPOSE=purpose,
                 QUADS=_QUADS,
                 num_warps=4,

@@ -56,6 +56,7 @@ def _reverse_step_kernel(
     threshold_ptr,
     channels,
     pixels,
+    blocks,
     stride_n,
     stride_c,
     stride_p,
@@ -67,7 +68,7 @@ def _reverse_step_kernel(
     COLUMN_COUNT: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    """One program: 4 QUADS consecutive elements, in NCHW order, of one image; grid (N, blocks).
+    """One program: 4 QUADS consecutive elements, in NCHW order, of one image; grid (N blocks).
 
     x (in place), noise, x0: float32 [N, channels, pixels], contiguous; noise or seeds (int64 [N]) is None, x0 may be.
     out: float32, float16 or bfloat16 [N, channels or (SECOND_HALF) 2 channels, pixels] with strides stride_n, stride_c,
@@ -77,9 +78,9 @@ def _reverse_step_kernel(
     Every operation is float32, rounded on its own and in the order written (the launcher switches contraction off), so
     the reference gives the same bits. There is no reduction but "any element is not finite".
     """
-    image = tl.program_id(0).to(tl.int64)
+    image, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     elements = channels * pixels
-    element = tl.program_id(1) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
+    element = block * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     inside = element < elements
     step = tl.load(counter_ptr)
     row_ptr = table_ptr + step * COLUMN_COUNT
@@ -122,7 +123,7 @@ def _reverse_step_kernel(
             f = (v + 1) * 0.5
             std = s * tl.exp(0.5 * (f * tl.load(row_ptr + 8) + (1 - f) * tl.load(row_ptr + 7)))
         if noise_ptr is None:
-            quad = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
+            quad = block * QUADS + tl.arange(0, QUADS)
             z0, z1, z2, z3 = philox_normal4(tl.load(seeds_ptr + image), quad, step, PURPOSE)
             z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
         else:
@@ -155,8 +156,9 @@ def _launch(
     if backend.pixel_stride(out) is None:
         out = out.contiguous()
     stride_p = backend.pixel_stride(out)
+    blocks = triton.cdiv(channels * pixels, 4 * _QUADS)
     with backend.on_device(x):
-        _reverse_step_kernel[(n, triton.cdiv(channels * pixels, 4 * _QUADS))](
+        _reverse_step_kernel[(n * blocks,)](
             x,
             out,
             table,
@@ -168,6 +170,7 @@ def _launch(
             threshold,
             channels,
             pixels,
+            blocks,
             out.stride(0),
             out.stride(1),
             stride_p,

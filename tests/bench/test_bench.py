@@ -225,6 +225,12 @@ def test_bad_arguments(arguments: list[str], words: str, capsys: pytest.CaptureF
     assert words in captured.err
 
 
+def test_names_of_variants(tiny: Path) -> None:
+    on_gpu = setting(tiny, device=torch.device("cuda", 0))
+    assert [*bench.variants.variants(on_gpu, True)] == ["ours-graph", "ours-graph-compiled", "diffusers"]
+    assert [*bench.variants.variants(setting(tiny), True)] == ["ours-eager", "ours-compiled", "diffusers"]
+
+
 def test_default_checkpoint_is_the_demo() -> None:
     from ddpm.cli import DEMO
 

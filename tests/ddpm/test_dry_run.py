@@ -158,8 +158,8 @@ def test_a_chain(arch, name, noise):
     assert (run.loop.buffers.seeds is None) == (noise == "generator")
 
 
-# Per step: Triton launches, and all launches if every other operation of PyTorch is one.
-LAUNCHES: dict[tuple[str, int], tuple[int, int]] = {}
+# Launches of a step beside our kernels, if every operation of PyTorch is one: whoever changes them should know it.
+OTHER_LAUNCHES = {"demo": 75, "cifar10-32": 134}
 
 
 @pytest.mark.parametrize("batch", [1, 16])
@@ -172,7 +172,7 @@ def test_the_step_of_real_networks(name, batch):
     # NHWC all the way: a copy of an activation would show that a layer left it
     assert run.capture.ops.count("clone") == 1, run.capture.ops  # the input, on its way to NHWC
     assert run.capture.ops.count("_to_copy") == 2  # the input to float16, and the last convolution's back to float32
-    assert (len(run.capture.launches), len(run.capture.ops)) == LAUNCHES[name, batch]
+    assert len(run.capture.ops) - len(run.capture.launches) == OTHER_LAUNCHES[name]
 
 
 def test_a_second_chain_is_captured_no_more():
