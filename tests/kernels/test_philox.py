@@ -1,4 +1,4 @@
-"""Philox words are the published ones, bit for bit; normals are normal, and a function of (seed, element, draw) alone."""
+"""Philox words are the published ones, bit for bit; normals are normal, a function of (seed, element, draw) alone."""
 
 from __future__ import annotations
 
