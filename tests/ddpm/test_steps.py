@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, reverse_step
 from diffusers import DDPMScheduler
 
 from ddpm.checkpoints.diffusers import SCHEDULER_DEFAULTS, _rules, _schedule
+from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, reverse_step
 from ddpm.schedule import NoiseSchedule, beta_schedule
 from ddpm.steps import SPACINGS, SamplingRules, StepTable, check_timesteps, ddpm_steps, spaced_timesteps
 
