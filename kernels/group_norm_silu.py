@@ -117,13 +117,26 @@ def _warps(tile: int) -> int:
 
 
 @backend.jit
-def _load_tile(x_ptr, add_ptr, pixel, lane, inside, inside_c, stride_p, stride_c):
-    """x + add over a tile [pixels, channels], fp32, 0 outside. Pointers are at the tile's image and first channel."""
+def _pivot(x_ptr, add_ptr, lane, inside_c, stride_c, WIDTH: tl.constexpr):
+    """For each channel the first element of its group, of x + add: what all elements of the group are shifted by.
+
+    Where |mean| >> std, the sums and the mean itself then have the digits of the deviations, not of the mean. Pointers
+    are at the image's first pixel and the block's first channel.
+    """
+    first = lane // WIDTH * WIDTH
+    pivot = tl.load(x_ptr + first * stride_c, mask=inside_c, other=0.0).to(tl.float32)
+    if add_ptr is not None:
+        pivot += tl.load(add_ptr + first, mask=inside_c, other=0.0).to(tl.float32)
+    return pivot
+
+
+@backend.jit
+def _load_tile(x_ptr, add_ptr, pivot, pixel, lane, inside, inside_c, stride_p, stride_c):
+    """x + add - pivot over a tile [pixels, channels] (0 outside); x_ptr is at the tile, add_ptr at its channels."""
     v = tl.load(x_ptr + pixel[:, None] * stride_p + lane[None, :] * stride_c, mask=inside, other=0.0).to(tl.float32)
     if add_ptr is not None:
         v += tl.load(add_ptr + lane, mask=inside_c, other=0.0).to(tl.float32)[None, :]
-        v = tl.where(inside, v, 0.0)
-    return v
+    return tl.where(inside, v - pivot[None, :], 0.0)
 
 
 @backend.jit
@@ -145,22 +158,9 @@ def _group_moments(mean, m2, count, lane, WIDTH: tl.constexpr, PADDED_GROUPS: tl
 
 @backend.jit
 def _finish(
-    y_ptr,
-    v,
-    mean,
-    rstd,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    pixel,
-    lane,
-    inside,
-    inside_c,
-    stride_p,
-    stride_c,
-    SILU: tl.constexpr,
-):
+    y_ptr, v, mean, rstd, weight_ptr, bias_ptr, scale_ptr, shift_ptr, pixel, lane, inside, inside_c, stride_p,
+    stride_c, SILU: tl.constexpr,
+):  # fmt: skip
     """Normalise, scale, shift, activate, round once, store. All pointers are at the tile's first channel."""
     a = rstd * tl.load(weight_ptr + lane, mask=inside_c, other=0.0).to(tl.float32)
     b = tl.load(bias_ptr + lane, mask=inside_c, other=0.0).to(tl.float32)
@@ -176,37 +176,18 @@ def _finish(
 
 @backend.jit
 def _one_pass_kernel(
-    x_ptr,
-    y_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    add_ptr,
-    channels,
-    pixels,
-    eps,
-    x_n,
-    x_c,
-    x_p,
-    y_n,
-    y_c,
-    y_p,
-    scale_n,
-    shift_n,
-    add_n,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PADDED_GROUPS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SILU: tl.constexpr,
-):
+    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr,
+    channels, pixels, eps,
+    x_n, x_c, x_p, y_n, y_c, y_p, scale_n, shift_n, add_n,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
     """One program: GROUPS whole groups of WIDTH channels of one image, held in registers; grid (N, group blocks).
 
     x, y: [N, channels, pixels] with any strides x_n, x_c, x_p and y_n, y_c, y_p, in elements; y in x's dtype. weight,
     bias: [channels]; scale and shift, add: [N, channels] with batch strides scale_n, shift_n, add_n (0 for one row), or
-    None. Statistics: channels first, over pixels, then groups, over channels; each mean first, then M2 around it.
+    None. Statistics of x + add less its group's `_pivot`: channels first, over pixels, then groups, over channels; each
+    mean first, then M2 around it.
     """
     image = tl.program_id(0).to(tl.int64)
     c0 = tl.program_id(1) * (GROUPS * WIDTH)
@@ -219,7 +200,9 @@ def _one_pass_kernel(
         scale_ptr += image * scale_n + c0
         shift_ptr += image * shift_n + c0
     first = tl.cast(c0, tl.int64)
-    v = _load_tile(x_ptr + image * x_n + first * x_c, add_ptr, pixel, lane, inside, inside_c, x_p, x_c)
+    x_ptr += image * x_n + first * x_c
+    pivot = _pivot(x_ptr, add_ptr, lane, inside_c, x_c, WIDTH)
+    v = _load_tile(x_ptr, add_ptr, pivot, pixel, lane, inside, inside_c, x_p, x_c)
 
     count = tl.cast(pixels, tl.float32)
     mean, m2 = _channel_moments(v, inside, count)
@@ -228,44 +211,19 @@ def _one_pass_kernel(
     mean = tl.sum(tl.where(member, group_mean[None, :], 0.0), axis=1)
     rstd = tl.sum(tl.where(member, group_rstd[None, :], 0.0), axis=1)
     _finish(
-        y_ptr + image * y_n + first * y_c,
-        v,
-        mean,
-        rstd,
-        weight_ptr + c0,
-        bias_ptr + c0,
-        scale_ptr,
-        shift_ptr,
-        pixel,
-        lane,
-        inside,
-        inside_c,
-        y_p,
-        y_c,
-        SILU,
-    )
+        y_ptr + image * y_n + first * y_c, v, mean, rstd, weight_ptr + c0, bias_ptr + c0, scale_ptr, shift_ptr,
+        pixel, lane, inside, inside_c, y_p, y_c, SILU,
+    )  # fmt: skip
 
 
 @backend.jit
 def _statistics_kernel(
-    x_ptr,
-    add_ptr,
-    partials_ptr,
-    channels,
-    pixels,
-    chunk,
-    groups,
-    x_n,
-    x_c,
-    x_p,
-    add_n,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PADDED_GROUPS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    x_ptr, add_ptr, partials_ptr,
+    channels, pixels, chunk, groups,
+    x_n, x_c, x_p, add_n,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Partial statistics. One program: `chunk` = TILES BLOCK_P pixels of GROUPS groups; grid (N, splits, group blocks).
 
     Arguments as in `_one_pass_kernel`. partials: float32 [N, groups, 2, splits], mean and M2 over the chunk, one writer
@@ -279,6 +237,7 @@ def _statistics_kernel(
     x_ptr += image * x_n + tl.cast(c0, tl.int64) * x_c
     if add_ptr is not None:
         add_ptr += image * add_n + c0
+    pivot = _pivot(x_ptr, add_ptr, lane, inside_c, x_c, WIDTH)
     start = split * chunk
     stop = tl.minimum(start + chunk, pixels)
 
@@ -287,7 +246,8 @@ def _statistics_kernel(
     for tile in range(TILES):  # all programs have as many, and the last split's may be empty
         p0 = start + tile * BLOCK_P
         inside = (p0 + pixel < stop)[:, None] & inside_c[None, :]
-        v = _load_tile(x_ptr + tl.cast(p0, tl.int64) * x_p, add_ptr, pixel, lane, inside, inside_c, x_p, x_c)
+        tile_ptr = x_ptr + tl.cast(p0, tl.int64) * x_p
+        v = _load_tile(tile_ptr, add_ptr, pivot, pixel, lane, inside, inside_c, x_p, x_c)
         count = tl.cast(tl.maximum(tl.minimum(stop - p0, BLOCK_P), 0), tl.float32)
         tile_mean, tile_m2 = _channel_moments(v, inside, tl.maximum(count, 1.0))
         before = tl.cast(tile * BLOCK_P, tl.float32)
@@ -309,37 +269,12 @@ def _statistics_kernel(
 
 @backend.jit
 def _apply_kernel(
-    x_ptr,
-    y_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    add_ptr,
-    partials_ptr,
-    channels,
-    pixels,
-    chunk,
-    groups,
-    pixel_blocks,
-    splits,
-    eps,
-    x_n,
-    x_c,
-    x_p,
-    y_n,
-    y_c,
-    y_p,
-    scale_n,
-    shift_n,
-    add_n,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SILU: tl.constexpr,
-):
+    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, partials_ptr,
+    channels, pixels, chunk, groups, pixel_blocks, splits, eps,
+    x_n, x_c, x_p, y_n, y_c, y_p, scale_n, shift_n, add_n,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
     """The result. One program: BLOCK_P pixels of GROUPS groups of one image; grid (N pixel_blocks, group blocks).
 
     Arguments as in the other kernels. The prologue joins the partials of all splits: the mean weighted by pixels, then
@@ -357,9 +292,11 @@ def _apply_kernel(
         scale_ptr += image * scale_n + c0
         shift_ptr += image * shift_n + c0
     first = tl.cast(c0, tl.int64)
-    x_ptr += image * x_n + first * x_c + tl.cast(p0, tl.int64) * x_p
+    x_ptr += image * x_n + first * x_c
     y_ptr += image * y_n + first * y_c + tl.cast(p0, tl.int64) * y_p
-    v = _load_tile(x_ptr, add_ptr, pixel, lane, inside, inside_c, x_p, x_c)
+    pivot = _pivot(x_ptr, add_ptr, lane, inside_c, x_c, WIDTH)
+    tile_ptr = x_ptr + tl.cast(p0, tl.int64) * x_p
+    v = _load_tile(tile_ptr, add_ptr, pivot, pixel, lane, inside, inside_c, x_p, x_c)
 
     # Splits lie along the second axis: reduced over the first, the compiler would carry this small tile's layout on
     # to the large one, and move all of x through shared memory twice.
@@ -376,22 +313,9 @@ def _apply_kernel(
     m2 = tl.sum(part_m2 + (count * WIDTH) * d * d, axis=1)
     rstd = tl.rsqrt(m2 / (total * WIDTH) + eps)
     _finish(
-        y_ptr,
-        v,
-        mean,
-        rstd,
-        weight_ptr + c0,
-        bias_ptr + c0,
-        scale_ptr,
-        shift_ptr,
-        pixel,
-        lane,
-        inside,
-        inside_c,
-        y_p,
-        y_c,
-        SILU,
-    )
+        y_ptr, v, mean, rstd, weight_ptr + c0, bias_ptr + c0, scale_ptr, shift_ptr, pixel, lane, inside, inside_c,
+        y_p, y_c, SILU,
+    )  # fmt: skip
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -447,67 +371,21 @@ def _launch(
     with backend.on_device(x):
         if p.one_pass:
             _one_pass_kernel[(n, blocks)](
-                x,
-                y,
-                weight,
-                bias,
-                scale,
-                shift,
-                add,
-                channels,
-                pixels,
-                eps,
-                *x_strides,
-                *y_strides,
-                scale_n,
-                shift_n,
-                add_n,
-                PADDED_GROUPS=padded_groups,
-                SILU=silu,
-                **cut,
-            )
+                x, y, weight, bias, scale, shift, add, channels, pixels, eps, *x_strides, *y_strides, scale_n,
+                shift_n, add_n, PADDED_GROUPS=padded_groups, SILU=silu, **cut,
+            )  # fmt: skip
             return y
         partials = torch.empty((n, num_groups, 2, p.splits), dtype=torch.float32, device=x.device)
         _statistics_kernel[(n, p.splits, blocks)](
-            x,
-            add,
-            partials,
-            channels,
-            pixels,
-            p.chunk,
-            num_groups,
-            *x_strides,
-            add_n,
-            PADDED_GROUPS=padded_groups,
-            TILES=p.chunk // p.block_p,
-            **cut,
-        )
+            x, add, partials, channels, pixels, p.chunk, num_groups, *x_strides, add_n,
+            PADDED_GROUPS=padded_groups, TILES=p.chunk // p.block_p, **cut,
+        )  # fmt: skip
         pixel_blocks = triton.cdiv(pixels, p.block_p)
         _apply_kernel[(n * pixel_blocks, blocks)](
-            x,
-            y,
-            weight,
-            bias,
-            scale,
-            shift,
-            add,
-            partials,
-            channels,
-            pixels,
-            p.chunk,
-            num_groups,
-            pixel_blocks,
-            p.splits,
-            eps,
-            *x_strides,
-            *y_strides,
-            scale_n,
-            shift_n,
-            add_n,
-            PADDED_SPLITS=_next_power_of_2(p.splits),
-            SILU=silu,
-            **cut,
-        )
+            x, y, weight, bias, scale, shift, add, partials, channels, pixels, p.chunk, num_groups, pixel_blocks,
+            p.splits, eps, *x_strides, *y_strides, scale_n, shift_n, add_n,
+            PADDED_SPLITS=_next_power_of_2(p.splits), SILU=silu, **cut,
+        )  # fmt: skip
     return y
 
 

@@ -103,6 +103,9 @@ def _reverse_step_kernel(
 
     first = image * elements
     x = tl.load(x_ptr + first + element, mask=inside, other=0.0)
+    if tl.max(bad.to(tl.int32), axis=0) > 0:
+        # An integer minimum: the order in which programs arrive does not matter.
+        tl.atomic_min(nonfinite_ptr, step * 4294967296 + image)
     x0 = tl.div_rn(kx * x + ke * out, tl.zeros_like(x) + kd)
     if CLIP == "clamp":
         bound = tl.load(row_ptr + 9)
@@ -130,10 +133,6 @@ def _reverse_step_kernel(
             z = tl.load(noise_ptr + first + element, mask=inside, other=0.0)
         x = x + std * z
     tl.store(x_ptr + first + element, x, mask=inside)
-
-    if tl.max(bad.to(tl.int32), axis=0) > 0:
-        # An integer minimum: the order in which programs arrive does not matter.
-        tl.atomic_min(nonfinite_ptr, step * 4294967296 + image)
 
 
 def _launch(

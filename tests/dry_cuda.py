@@ -111,7 +111,7 @@ class Launch:
     Attributes:
         op: the kernel's file, the last part of its module's name.
         regs: per thread (VGPRs on AMD).
-        spills: bytes of stack and local memory per thread (on AMD: spilled registers, and bytes of scratch).
+        spills: bytes of spilled registers per thread (on AMD: their number, and bytes of scratch).
         shared: bytes per program.
         captured: whether it went into a graph.
     """
@@ -456,7 +456,10 @@ def _resources(asm: dict[str, Any]) -> tuple[int, int]:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = out[out.index("Function") :]
     regs, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return regs, stack + local
+    # An array of local memory is no spill (libdevice's sine has one, for huge angles). ptxas keeps it in the frame, or
+    # resolves it; the frame is a multiple of 8 bytes.
+    arrays = sum(-(-int(size) // 8) * 8 for size in re.findall(r"__local_depot\d+\[(\d+)\]", asm["ptx"]))
+    return regs, (stack - arrays if stack >= arrays else stack) + local
 
 
 _binaries: dict[Any, tuple[int, int, int, int]] = {}

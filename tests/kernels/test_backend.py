@@ -1,0 +1,110 @@
+"""The kernels' package: importable without Triton, under one name only, and independent of the rest of the product."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ddpm.kernels import backend
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # any import of it fails
+import warnings
+import torch
+from types import SimpleNamespace
+from ddpm.kernels import backend
+from ddpm.kernels.group_norm_silu import group_norm_silu
+from ddpm.kernels.philox import philox_normal
+from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, reverse_step
+
+assert not backend.HAVE_TRITON
+z = philox_normal(torch.tensor([1, 2]), (3, 4, 4), 0, 0)
+weight = torch.ones(3)
+y = group_norm_silu(z, 3, weight, weight, 1e-5)
+flag = torch.tensor([NONFINITE_NONE])
+reverse_step(z, y, torch.ones(1, len(COLUMNS)), torch.tensor([0]), flag, seeds=torch.tensor([1, 2]))
+assert z.isfinite().all() and int(flag) == NONFINITE_NONE
+torch.ops.ddpm.philox_normal(torch.tensor([1, 2]), 3, 4, 4, torch.tensor([0]), 0)
+
+on_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert not backend.takes_kernel(on_gpu) and not backend.takes_kernel(on_gpu)
+assert ["Triton is not installed" in str(w.message) for w in caught] == [True], caught
+print("served by the references")
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(backend.INTERPRET, reason="once is enough")
+def test_without_triton_the_references_serve():
+    done = run_python(WITHOUT_TRITON)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "served by the references\n"
+
+
+@pytest.mark.skipif(backend.INTERPRET, reason="once is enough")
+def test_it_has_one_name():
+    done = run_python("import kernels")
+    assert done.returncode != 0
+    assert "ImportError: import this package as ddpm.kernels" in done.stderr
+
+
+def test_it_imports_nothing_of_the_product():
+    for file in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+                assert node.level <= 1, file
+            assert not [m for m in modules if m.split(".")[0] in ("ddpm", "kernels")], file
+
+
+def test_who_serves_a_call():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert backend.uses_triton(gpu) == backend.HAVE_TRITON
+    assert backend.uses_triton(cpu) == backend.INTERPRET
+    assert backend.takes_kernel(SimpleNamespace(device=cpu)) == backend.INTERPRET
+
+
+def test_pixel_strides():
+    x = torch.empty(2, 8, 6, 4)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    assert backend.pixel_stride(x) == 1
+    assert backend.pixel_stride(nhwc) == 8
+    assert backend.pixel_stride(nhwc[:, 2:5]) == 8
+    assert backend.pixel_stride(x[:, :, 1:3]) == 1
+    assert backend.pixel_stride(x[:, :, :, 1:3]) is None
+    assert backend.pixel_stride(x[:, :, :, 1:2]) == 4
+    assert backend.pixel_stride(x[:, :, 1:2, ::2]) == 2
+
+
+def test_a_gpu_is_asked_for_its_size_once(monkeypatch):
+    asked = []
+
+    def properties(device):
+        asked.append(device)
+        return SimpleNamespace(multi_processor_count=84)
+
+    backend.sm_count.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    try:
+        assert [backend.sm_count(torch.device("cuda", 3)) for _ in range(3)] == [84] * 3
+        assert len(asked) == 1
+        assert backend.sm_count(torch.device("cpu")) == backend.DEFAULT_SM_COUNT
+    finally:
+        backend.sm_count.cache_clear()
