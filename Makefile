@@ -6,15 +6,11 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints-cpu.txt)
 
-# The CUDA path on fake tensors, every launch compiled for four targets: minutes of compilation.
-DRY := tests/kernels/test_aot.py tests/ddpm/test_dry_run.py tests/test_dry_cuda.py
-
-.PHONY: help sample test test-dry test-slow lint gpu clean
+.PHONY: help sample test test-slow lint gpu clean
 
 help:
 	@echo "make sample     draw the demo's images into samples/"
 	@echo "make test       the test suite, in two processes: with and without Triton's interpreter"
-	@echo "make test-dry   the CUDA path without a GPU: launches compiled ahead of time, the loop on fake tensors"
 	@echo "make test-slow  the long parity tests (minutes)"
 	@echo "make lint       ruff, formatting, types of the public API"
 	@echo "make gpu        on a machine with a GPU: gpu tests, then the benchmark; one JSON; no network needed"
@@ -30,10 +26,7 @@ sample: $(VENV)/ready
 
 test: $(VENV)/ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpret and not slow" -q
-	$(BIN)/python -m pytest -m "not interpret and not slow" -q $(addprefix --ignore=,$(DRY))
-
-test-dry: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not interpret and not slow" -q $(DRY)
+	$(BIN)/python -m pytest -m "not interpret and not slow" -q
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m "slow and not interpret" -q
