@@ -7,6 +7,7 @@ captured step reads no host value. On the CPU the same step runs compiled or eag
 from __future__ import annotations
 
 import shutil
+import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -133,7 +134,10 @@ class Loop:
         # Default mode: its own CUDA graphs would not mix with ours. Freezing prepacks the weights for oneDNN.
         options: dict[str, Any] | None = {"freezing": True} if self.device.type == "cpu" else None
         self.compilations += 1
-        return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        # A code object of its own: torch.compile counts compilations per code object and refuses after a handful, which
+        # would make the number of shapes in a process a limit.
+        own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+        return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

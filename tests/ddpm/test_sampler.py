@@ -171,6 +171,17 @@ def test_ten_images_at_batch_size_four_make_one_compilation_that_equals_eager(ch
 
 
 @needs_compiler
+def test_a_process_may_compile_any_number_of_shapes(checkpoint, monkeypatch):
+    """torch.compile limits compilations per code object; each loop has its own."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    compiled = ddpm.load(checkpoint, device="cpu", compile=True)
+    for n in (1, 2, 3):
+        assert sample(compiled, n, seeds=range(n)).shape[0] == n
+    assert [loop.compilations for loop in compiled.loops] == [1, 1, 1]
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     "rules",
     [
