@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoints import Checkpoint
+from ddpm.loop import float32_precision
 from ddpm.reference import sample_reference
 from ddpm.sampler import DTYPES, Sampler
 from ddpm.steps import spaced_timesteps
@@ -82,7 +82,7 @@ class Diffusers:
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         s = self.setting
-        with precision(tf32=self.dtype == "tf32"):
+        with float32_precision(self.dtype == "tf32"):
             return self.pipe(
                 batch_size=s.batch, num_inference_steps=s.steps, generator=generator, output_type="pt"
             ).images
@@ -123,7 +123,7 @@ def reference_images(setting: Setting) -> Tensor:
 
     network = deepcopy(checkpoint.network).to(setting.device)
     timesteps = spaced_timesteps(checkpoint.schedule.num_train_timesteps, setting.steps, checkpoint.rules)
-    with precision(tf32=False):
+    with float32_precision(False):
         x_0 = sample_reference(network, checkpoint.schedule, checkpoint.rules, timesteps, draw(-1), draw)
     return to_unit(x_0.cpu())
 
@@ -135,14 +135,3 @@ def numerics_generator() -> torch.Generator:
 def to_unit(x_0: Tensor) -> Tensor:
     """[-1, 1] to [0, 1], with the pipeline's own arithmetic."""
     return (x_0 / 2 + 0.5).clamp(0, 1)
-
-
-@contextmanager
-def precision(tf32: bool) -> Iterator[None]:
-    """The meaning of float32 on a GPU: IEEE, or TF32 in both convolutions and matrix products."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -35,6 +35,8 @@ def parse_seeds(text: str) -> list[int]:
                 f"seeds {text!r}: {part.strip()!r} is neither a number nor a range; write for example 0-63,100"
             )
         start, stop = int(first), int(last) if dash else int(first)
+        if stop - start > 10**8:
+            raise ValueError(f"seeds {text!r}: {part.strip()} are {stop - start + 1:,} images; write smaller ranges")
         if stop < start:
             raise ValueError(f"seeds {text!r}: the range {part.strip()} runs backwards; write {stop}-{start}")
         seeds.extend(range(start, stop + 1))
@@ -151,6 +153,7 @@ def sample(
     batches that it finished.
     """
     import numpy as np
+    import torch
 
     from ddpm import images as files_of
 
@@ -172,7 +175,7 @@ def sample(
 
     finished: list[np.ndarray] = []
     done: list[int] = []
-    interrupted = False
+    stopped: BaseException | None = None  # what was finished is written before it is reported
     try:
         for batch in stream:
             batch_seeds = seed_list[len(done) : len(done) + len(batch.images)]
@@ -183,19 +186,25 @@ def sample(
             if grid or file_format == "npz":
                 finished.append(pictures)
             done += batch_seeds
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+        stopped = error
     if finished:
         together = np.concatenate(finished)
         if file_format == "npz":
             files_of.save_npz(together, done, out / "samples.npz")
         if grid:
             files_of.save_png(files_of.make_grid(together, scale=grid_scale(together)), out / "grid.png")
-    if animation is not None and animation.frames:
+    if animation is not None and done:
         files_of.save_gif(animation.frames, out / "denoising.gif")
-    if interrupted:
-        click.echo(f"interrupted: {len(done)} of {len(seed_list)} images are finished in {out}/", err=True)
-        sys.exit(130)
+    if stopped is not None:
+        kept = f"{len(done)} of {len(seed_list)} images are finished in {out}/"
+        if isinstance(stopped, KeyboardInterrupt):
+            click.echo(f"interrupted: {kept}", err=True)
+            sys.exit(130)
+        memory = isinstance(stopped, (MemoryError, torch.OutOfMemoryError))
+        reason = "out of memory; pass a smaller --batch-size" if memory else stopped
+        click.echo(f"error: {reason}; {kept}", err=True)
+        sys.exit(1)
     if not quiet:
         seconds = time.perf_counter() - started
         click.echo(f"{len(done)} images in {seconds:.1f} s, loading included: {out}/")
@@ -207,30 +216,38 @@ def grid_scale(images: np.ndarray) -> int:
 
 
 class Animation:
-    """Collects frames of the first batch's x_0 previews, about GIF_FRAMES of them, as grids.
+    """Collects frames of the first batch's x_0 previews as grids, GIF_FRAMES or a few more of them.
 
     Called as the sampler's callback(step, timestep, x0_preview).
     """
 
     def __init__(self, rounding: str):
         self.rounding = rounding
-        self.previews: list[np.ndarray] = []
+        self.kept: list[np.ndarray] = []
+        self.last: np.ndarray | None = None
+        self.stride = 1
         self.complete = False
 
     def __call__(self, step: int, timestep: int, x0_preview: Any) -> None:
         from ddpm.images import make_grid, to_uint8
 
-        if step == 0 and self.previews:
+        if step == 0 and self.last is not None:
             self.complete = True  # the second batch begins
-        if not self.complete:
-            pictures = to_uint8(x0_preview[:GIF_IMAGES], self.rounding)
-            self.previews.append(make_grid(pictures, scale=grid_scale(pictures)))
+        if self.complete:
+            return
+        pictures = to_uint8(x0_preview[:GIF_IMAGES], self.rounding)
+        self.last = make_grid(pictures, scale=grid_scale(pictures))
+        if step % self.stride == 0:
+            self.kept.append(self.last)
+        if len(self.kept) >= 2 * GIF_FRAMES:  # a long chain never holds more than this many frames
+            self.kept = self.kept[::2]
+            self.stride *= 2
 
     @property
     def frames(self) -> list[np.ndarray]:
-        """Evenly spaced, the last one included."""
-        stride = max(1, len(self.previews) // GIF_FRAMES)
-        return self.previews[::-1][::stride][::-1]
+        """Evenly spaced, with the last step's at the end: at least GIF_FRAMES of a longer chain, at most twice that."""
+        ends = self.last is None or (len(self.kept) > 0 and self.kept[-1] is self.last)
+        return self.kept if ends or self.last is None else [*self.kept, self.last]
 
 
 @main.command()

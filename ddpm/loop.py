@@ -140,17 +140,14 @@ class Loop:
         return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
     @contextmanager
-    def _precision(self) -> Iterator[None]:
-        """float32 means IEEE unless TF32 was chosen; torch's own default is TF32 in cuDNN alone."""
-        matmul = torch.backends.cuda.matmul.allow_tf32
-        # No benchmark mode: it picks algorithms by timing them, and the bits would change from run to run.
-        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=self.tf32)
-        with flags, torch.no_grad():
-            torch.backends.cuda.matmul.allow_tf32 = self.tf32
-            try:
+    def _settings(self) -> Iterator[None]:
+        """No gradients; on a GPU its own device, the chosen float32 and deterministic algorithms."""
+        with torch.no_grad():
+            if self.device.type == "cpu":
                 yield
-            finally:
-                torch.backends.cuda.matmul.allow_tf32 = matmul
+                return
+            with torch.cuda.device(self.device), float32_precision(self.tf32):
+                yield
 
     def _advance(self) -> None:
         """A launch of its own behind every reader of the counter."""
@@ -191,7 +188,8 @@ class Loop:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         self._reset()
-        with torch.cuda.graph(graph):
+        # Without a stream, torch captures on one that it made for whichever GPU was current the first time.
+        with torch.cuda.graph(graph, stream=side):
             self._step(self.network, self.shape, self.buffers)
             self._advance()
         self._graph = graph
@@ -213,7 +211,7 @@ class Loop:
             x_T: float32 [n, C, H, W] with 1 <= n <= the shape's batch; the rest is padded with copies of the first.
             seeds: int64 [n], or
             generator: the source of every step's noise for the n images.
-            on_step: called with the index of each finished step (on a GPU: a few steps late).
+            on_step: called with the index of each step (on a GPU: once it is queued, a few steps before its end).
 
         Returns:
             x_0, float32 [n, C, H, W], a copy on the device.
@@ -222,7 +220,7 @@ class Loop:
             FloatingPointError: the network's output was NaN or infinite; its args are (step, image).
         """
         n, buffers = len(x_T), self.buffers
-        with self._precision():
+        with self._settings():
             self._set_table(table)
             self.prepare()  # warm-up overwrites the state, so it comes before the state is set
             self._reset()
@@ -244,6 +242,29 @@ class Loop:
         if found is not None:
             raise FloatingPointError(*found)
         return buffers.x[:n].clone()
+
+
+@contextmanager
+def float32_precision(tf32: bool) -> Iterator[None]:
+    """What float32 means on a GPU, for convolutions and matrix products alike; torch's own default is TF32 in cuDNN.
+
+    Also no benchmark mode, which picks algorithms by timing them, so that the bits would change from run to run. The
+    settings are restored as they were: torch refuses to mix the flags used here with its old allow_tf32.
+    """
+    settings: list[tuple[Any, str, Any]] = [
+        (torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee"),
+        (torch.backends.cudnn.conv, "fp32_precision", "tf32" if tf32 else "ieee"),  # type: ignore[attr-defined]
+        (torch.backends.cudnn, "benchmark", False),
+        (torch.backends.cudnn, "deterministic", True),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in settings]
+    try:
+        for owner, name, value in settings:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
 
 
 def _fill(buffer: Tensor, values: Tensor) -> None:
@@ -344,5 +365,7 @@ def decide_compile(choice: bool | str, device: torch.device, gflop: float) -> bo
     return choice is True or gflop > REPAYS_GFLOP[device.type]
 
 
-# A run of this much work (GFLOP) takes long enough to win back the time of a compilation.
-REPAYS_GFLOP = {"cpu": 60_000.0, "cuda": 3_000_000.0}
+# A run of this much work (GFLOP) wins back the time of a compilation. CPU: the demo's compiled step took 0.55 to 0.65
+# of the eager one, which did about 90 GFLOP/s on two cores, and compiling takes up to a minute and a half. GPU: an
+# estimate.
+REPAYS_GFLOP = {"cpu": 25_000.0, "cuda": 3_000_000.0}

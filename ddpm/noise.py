@@ -26,12 +26,15 @@ def check_seeds(seeds: Iterable[int], n: int) -> list[int]:
     Raises:
         ValueError: not n of them, or not integers in 0 .. 2^64 - 1.
     """
-    result = list(seeds)
+    try:
+        result = list(seeds)
+    except TypeError as error:
+        raise ValueError(f"seeds must be a sequence of {n} integers; got {seeds!r}") from error
     if len(result) != n:
         raise ValueError(f"seeds has {len(result)} entries for n={n} images; give one seed per image")
     for seed in result:
         # int(seed) first: an element of an int64 tensor cannot be compared with 2^64
-        if isinstance(seed, bool) or int(seed) != seed or not 0 <= int(seed) < SEED_LIMIT:
+        if seed is None or isinstance(seed, (bool, str)) or int(seed) != seed or not 0 <= int(seed) < SEED_LIMIT:
             raise ValueError(f"seed {seed!r} is not an integer from 0 to 2^64 - 1")
     return [int(seed) for seed in result]
 
@@ -57,7 +60,8 @@ class GeneratorNoise:
     """
 
     def __init__(self, generator: Generator | Sequence[Generator], n: int, device: torch.device):
-        generators = [generator] if isinstance(generator, Generator) else list(generator)
+        given = [generator] if isinstance(generator, Generator) else generator
+        generators = list(given) if isinstance(given, Iterable) else [given]
         if not all(isinstance(g, Generator) for g in generators):
             raise ValueError("generator must be a torch.Generator or a sequence of them")
         if not isinstance(generator, Generator) and len(generators) != n:

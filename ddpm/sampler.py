@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -27,6 +28,9 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "
 NOT_YET = ("sampler", "eta", "labels", "guidance_scale", "image", "mask", "strength", "low_res")
 # Larger batches than this are no faster, and finish (and report) later.
 LARGEST_AUTO_BATCH = {"cpu": 16, "cuda": 256}
+
+# Chain shapes whose loops a sampler keeps: each holds its buffers and, on a GPU, the memory of its captured graph.
+KEPT_LOOPS = 4
 
 Callback = Callable[[int, int, Tensor], None]
 
@@ -78,9 +82,9 @@ def load(
     Args:
         source: a directory that diffusers saved, a weight file inside one, or a hub id ("owner/name").
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:i".
-        dtype: of the network: "fp32" (IEEE), "tf32" (float32 whose products may use TF32), "fp16", "bf16"; "auto" is
-            "tf32" on a GPU, as torch itself does for convolutions, and "fp32" on the CPU. The state, the noise and
-            the step are float32 always.
+        dtype: of the network: "fp32" (IEEE), "tf32" (float32 whose products may use TF32, what torch does to
+            convolutions by default), "fp16", "bf16"; "auto" is "fp32". The state, the noise and the step are float32
+            always.
         compile: True, False, or "auto": where the run is long enough to repay it.
         family_options: for diffusers: variant="fp16", scheduler_class=..., revision=... of a hub id.
 
@@ -221,6 +225,8 @@ class Sampler:
             _check_count("batch_size", batch_size)
         if seeds is not None and generator is not None:
             raise ValueError("give either seeds or a generator, not both: each defines all of the noise")
+        if noise is not None and not isinstance(noise, Tensor):
+            raise ValueError(f"noise must be a torch.Tensor; got {type(noise).__name__}")
         if noise is not None and tuple(noise.shape) != (n, *self.image_shape):
             raise ValueError(f"noise has shape {list(noise.shape)}; expected x_T of shape {[n, *self.image_shape]}")
         table = ddpm_steps(self.checkpoint.schedule, self.checkpoint.rules, steps, timesteps, spacing)
@@ -263,9 +269,13 @@ class Sampler:
         return self._gflop_per_image
 
     def loop(self, shape: ChainShape, compiled: bool) -> Loop:
-        """The loop for a chain shape; made once and kept, with its compilation and capture."""
+        """The loop for a chain shape, kept with its compilation and capture while it is among the last few used."""
         key = (shape, compiled)
-        if key not in self._loops:
+        if key in self._loops:
+            self._loops[key] = self._loops.pop(key)  # the most recent one is last
+        else:
+            while len(self._loops) >= KEPT_LOOPS:
+                del self._loops[next(iter(self._loops))]
             tf32 = self.dtype == "tf32"
             self._loops[key] = Loop(self._network, shape, self.device, compiled=compiled, tf32=tf32)
         return self._loops[key]
@@ -404,7 +414,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
         ValueError: unknown, or bf16 on a GPU without it.
     """
     if dtype == "auto":
-        return "tf32" if device.type == "cuda" else "fp32"
+        return "fp32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     if dtype == "tf32" and device.type == "cpu":
@@ -417,7 +427,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 def available_memory(device: torch.device) -> int:
     """Free bytes on the device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch has reserved and does not use is free too: without it, a second call would find less memory.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not every platform can say
@@ -425,7 +437,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 

@@ -110,7 +110,7 @@ def spaced_timesteps(num_train_timesteps: int, steps: int, rules: SamplingRules)
         ValueError: steps not in 1 .. T, or an offset that leads past T - 1.
     """
     total = num_train_timesteps
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= total:
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
         raise ValueError(
             f"steps must be an integer from 1 to {total}, the checkpoint's training timesteps; got {steps!r}"
         )
@@ -135,6 +135,8 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
     Raises:
         ValueError: not integers, not strictly descending, or not all in 0 .. T - 1.
     """
+    if not isinstance(timesteps, (Sequence, np.ndarray, Tensor)) or isinstance(timesteps, str):
+        raise ValueError(f"timesteps must be a sequence of integers; got {timesteps!r}")
     result = [int(t) for t in timesteps]
     if not result or any(a != b for a, b in zip(result, timesteps, strict=True)):
         raise ValueError(f"timesteps must be a non-empty sequence of integers; got {list(timesteps)!r}")

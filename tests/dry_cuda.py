@@ -137,8 +137,10 @@ class Capture:
         ops: everything in it that launches device work, in order: names of Triton kernels and of aten operations. An
             aten operation is counted as one launch, which is a lower bound.
         replays: how often the graph was replayed.
+        device: index of the GPU whose stream captures; work for another one would not be in the graph.
     """
 
+    device: int = 0
     launches: list[Launch] = field(default_factory=list)
     ops: list[str] = field(default_factory=list)
     replays: int = 0
@@ -211,6 +213,9 @@ class Dry:
             # On a GPU the first launch loads the binary, which a capture does not allow.
             if key not in self._warm:
                 raise CaptureBroken(f"{launch.name} is launched for the first time inside a capture: warm it up before")
+            if self.device != self.capturing.device:
+                where = f"cuda:{self.device}, but a stream of cuda:{self.capturing.device} captures"
+                raise CaptureBroken(f"{launch.name} is launched on {where}")
             self.capturing.launches.append(launch)
         self._warm.add(key)
         self.launches.append(launch)
@@ -335,7 +340,7 @@ def _fake_torch_cuda(dry: Dry) -> dict[str, Any]:
 
         def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
             dry.forbid_in_capture("another capture")
-            self.capture = dry.capturing = Capture()
+            self.capture = dry.capturing = Capture(device=current[-1].device.index)
 
         def capture_end(self) -> None:
             dry.captures.append(dry.capturing)
@@ -354,6 +359,11 @@ def _fake_torch_cuda(dry: Dry) -> dict[str, Any]:
             return (0, 0)
 
     current = [Stream()]
+    default_capture_stream: list[Stream] = []  # as in torch: made once, on the device that is current then
+
+    def current_stream(device: Any = None) -> Stream:
+        index = index_of(device)
+        return next((s for s in reversed(current) if s.device.index == index), None) or Stream(index)
 
     @contextlib.contextmanager
     def stream(other: Stream | None) -> Iterator[None]:
@@ -370,7 +380,9 @@ def _fake_torch_cuda(dry: Dry) -> dict[str, Any]:
 
     @contextlib.contextmanager
     def graph(cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, **options: Any) -> Iterator[None]:
-        side = stream or Stream()
+        if stream is None and not default_capture_stream:
+            default_capture_stream.append(Stream())
+        side = stream or default_capture_stream[0]
         with fakes["stream"](side):
             cuda_graph.capture_begin()
             try:
@@ -413,7 +425,7 @@ def _fake_torch_cuda(dry: Dry) -> dict[str, Any]:
         "graph": graph,
         "stream": stream,
         "device": device,
-        "current_stream": lambda device=None: current[-1],
+        "current_stream": current_stream,
         "default_stream": lambda device=None: current[0],
         "synchronize": lambda device=None: dry.forbid_in_capture("torch.cuda.synchronize()"),
         "is_current_stream_capturing": lambda: dry.capturing is not None,

@@ -330,6 +330,28 @@ def test_a_network_that_outputs_nan_exits_1_with_a_sentence(checkpoint, out, mon
     assert os.listdir(out) == []
 
 
+@pytest.mark.parametrize("file_format", ["png", "npz"])
+def test_nan_in_a_later_batch_keeps_the_finished_images(checkpoint, out, monkeypatch, file_format):
+    from ddpm.loop import Loop
+
+    run, chains = Loop.run, []
+
+    def run_until_the_second(self, *args, **kwargs):
+        chains.append(1)
+        if len(chains) == 2:
+            raise FloatingPointError(1, 0)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Loop, "run", run_until_the_second)
+    options = ("--seeds", "0-3", "--batch-size", "2", "--format", file_format, "--grid", "--quiet")
+    result = sample(checkpoint, out, *options)
+    assert result.exit_code == 1
+    assert "in image 2 (seed 2)" in result.stderr
+    assert "2 of 4 images are finished" in result.stderr
+    expected = ["grid.png", "samples.npz"] if file_format == "npz" else ["000000.png", "000001.png", "grid.png"]
+    assert sorted(os.listdir(out)) == sorted(expected)
+
+
 def test_as_a_module(checkpoint, out):
     command = [sys.executable, "-m", "ddpm", "sample", checkpoint, "--out", out, "--seeds", "5-2"]
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT)

@@ -27,6 +27,7 @@ from tests.dry_cuda import Capture, Dry, HostRead, dry_cuda
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, does not interpret")
 
 DEVICE = torch.device("cuda:0")
+SECOND = torch.device("cuda:1")
 STEPS = 7  # more than Loop keeps in flight
 DEMO = Path(ddpm.__file__).parent / "assets" / "emoji32-smileys"
 TINY = {"block_out_channels": (32, 64), "down_attention": (False, True), "up_attention": (True, False)}
@@ -52,9 +53,10 @@ def reference(name: str) -> UNet:
 
 
 @cache
-def table(variance_type: str) -> StepTable:
+def table(variance_type: str, clip: str = "clamp") -> StepTable:
     betas = torch.linspace(1e-4, 0.02, 1000)
-    return ddpm_steps(NoiseSchedule.from_betas(betas), SamplingRules(variance_type=variance_type), STEPS)
+    rules = SamplingRules(variance_type=variance_type, clip=clip, threshold_max=2.0)
+    return ddpm_steps(NoiseSchedule.from_betas(betas), rules, STEPS)
 
 
 @dataclass
@@ -187,6 +189,41 @@ def test_a_second_chain_is_captured_no_more():
             assert len(loop.run(steps, x, seeds=torch.zeros(n, dtype=torch.int64, device=DEVICE))) == n
     assert len(dry.captures) == loop.captures == 1
     assert dry.replays == 2 * STEPS
+
+
+def chain_shape(steps: StepTable) -> ChainShape:
+    return ChainShape(
+        batch=2, channels=3, height=16, width=16, capacity=1000, clip=steps.rules.clip, variance=steps.variance,
+        threshold_ratio=0.995, threshold_max=2.0, generator_noise=False, preview=False,
+    )  # fmt: skip
+
+
+def test_a_dynamic_threshold_is_captured_without_a_host_read():
+    steps, network = table("fixed_small", "dynamic"), FusedUNet(reference("tiny"))
+    with dry_cuda(90) as dry:
+        loop = Loop(dry.to_fake_cuda(network), chain_shape(steps), DEVICE, compiled=False)
+        dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
+        seeds = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        loop.run(steps, torch.zeros(2, 3, 16, 16, device=DEVICE), seeds=seeds)
+    (capture,) = dry.captures
+    assert capture.replays == STEPS
+    assert dry.reads == 1
+    assert "sort" in capture.ops
+
+
+def test_each_gpu_captures_on_a_stream_of_its_own():
+    """Without a stream torch.cuda.graph captures on the GPU that was current first; the other's graph is empty."""
+    steps = table("fixed_small")
+    networks = {device: FusedUNet(reference("tiny")) for device in (DEVICE, SECOND)}
+    with dry_cuda(90, devices=2) as dry:
+        for device, network in networks.items():
+            dry.to_fake_cuda(network, str(device))
+            loop = Loop(network, chain_shape(steps), device, compiled=False)
+            dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
+            seeds = torch.zeros(2, dtype=torch.int64, device=device)
+            loop.run(steps, torch.zeros(2, 3, 16, 16, device=device), seeds=seeds)
+    assert [capture.device for capture in dry.captures] == [0, 1]
+    assert [launch.op for launch in dry.captures[1].launches] == [launch.op for launch in dry.captures[0].launches]
 
 
 def test_a_host_read_in_the_step_is_found(monkeypatch):

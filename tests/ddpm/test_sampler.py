@@ -142,6 +142,29 @@ def test_global_state_is_left_alone(sampler):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("mine", ["none", "ieee", "tf32"])
+def test_the_users_precision_settings_are_used_and_restored(mine, tf32, monkeypatch):
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        matmul.fp32_precision = conv.fp32_precision = mine
+        kept = matmul.fp32_precision, conv.fp32_precision
+        with loops.float32_precision(tf32):
+            assert matmul.fp32_precision == conv.fp32_precision == ("tf32" if tf32 else "ieee")
+        assert (matmul.fp32_precision, conv.fp32_precision) == kept
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
+
+
+def test_a_few_loops_are_kept(sampler):
+    for n in range(1, 8):
+        sample(sampler, n)
+    assert [loop.shape.batch for loop in sampler.loops] == [4, 5, 6, 7]
+    sample(sampler, 4)
+    assert [loop.shape.batch for loop in sampler.loops] == [5, 6, 7, 4]
+
+
 # --- loops and compilation -------------------------------------------------------------------------------------------
 
 
@@ -171,13 +194,13 @@ def test_ten_images_at_batch_size_four_make_one_compilation_that_equals_eager(ch
 
 
 @needs_compiler
-def test_a_process_may_compile_any_number_of_shapes(checkpoint, monkeypatch):
+def test_a_process_may_compile_any_number_of_shapes(checkpoint):
     """torch.compile limits compilations per code object; each loop has its own."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     compiled = ddpm.load(checkpoint, device="cpu", compile=True)
-    for n in (1, 2, 3):
-        assert sample(compiled, n, seeds=range(n)).shape[0] == n
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for n in (1, 2, 3):
+            assert sample(compiled, n, seeds=range(n)).shape[0] == n
     assert [loop.compilations for loop in compiled.loops] == [1, 1, 1]
 
 

@@ -1,0 +1,72 @@
+"""The fused network and its loop through the Triton kernels, interpreted, against the reference network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm.fused import FusedUNet
+from ddpm.kernels import backend
+from ddpm.kernels.philox import PURPOSE_STEP, philox_normal_ref
+from ddpm.loop import ChainShape, Loop
+from ddpm.reference import sample_reference
+from ddpm.schedule import NoiseSchedule, beta_schedule
+from ddpm.steps import SamplingRules, ddpm_steps
+from ddpm.unet import UNet, UNetConfig
+
+pytestmark = pytest.mark.interpret
+TINY = {
+    "block_out_channels": (16, 32),
+    "down_attention": (False, True),
+    "up_attention": (True, False),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "mid_norm_num_groups": 8,
+}
+
+
+def network(**options) -> UNet:
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(**TINY, **options)).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1))
+    for module in net.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.weight.add_(1)
+    return net
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_shift": True}, {"downsample_padding": 0}], ids=str)
+@torch.no_grad()
+def test_the_fused_network_equals_the_reference(options):
+    assert backend.uses_triton(torch.device("cpu"))
+    reference = network(**options)
+    fused = FusedUNet(reference)
+    x = torch.randn(2, 3, 8, 8)
+    for t in (0, 999):
+        expected = reference(x, t)
+        out = fused(x, fused.time_row.table(torch.tensor([t])))
+        assert (out - expected).abs().max() <= 5e-5 * expected.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("clip", ["clamp", "dynamic"])
+@torch.no_grad()
+def test_a_chain_equals_the_oracle(variance_type, clip):
+    rules = SamplingRules(variance_type=variance_type, clip=clip, threshold_max=2.0)
+    reference = network(out_channels=6 if rules.learned_variance else 3)
+    schedule = NoiseSchedule.from_betas(beta_schedule("linear", 100))
+    table = ddpm_steps(schedule, rules, 4)
+    shape = ChainShape(
+        batch=2, channels=3, height=8, width=8, capacity=100, clip=clip, variance=table.variance,
+        threshold_ratio=rules.threshold_ratio, threshold_max=rules.threshold_max, generator_noise=False, preview=False,
+    )  # fmt: skip
+    x_T, seeds = torch.randn(2, 3, 8, 8), torch.tensor([3, 2**40])
+    loop = Loop(FusedUNet(reference), shape, torch.device("cpu"), compiled=False)
+    images = loop.run(table, x_T, seeds=seeds)
+
+    def draw(i: int) -> torch.Tensor:
+        return philox_normal_ref(seeds, 3 * 8 * 8, i, PURPOSE_STEP).view(2, 3, 8, 8)
+
+    expected = sample_reference(reference, schedule, rules, table.timesteps.tolist(), x_T, draw)
+    assert (images - expected).abs().max() <= 1e-4
