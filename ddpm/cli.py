@@ -57,9 +57,6 @@ class OneSentence(click.Group):
         except ValueError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
-        except FloatingPointError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
         except KeyboardInterrupt:  # before the first batch; click itself would exit with 1
             click.echo("interrupted", err=True)
             ctx.exit(130)
@@ -178,7 +175,7 @@ def sample(
     stopped: BaseException | None = None  # what was finished is written before it is reported
     try:
         for batch in stream:
-            batch_seeds = seed_list[len(done) : len(done) + len(batch.images)]
+            batch_seeds = seed_list[batch.start : batch.start + len(batch.images)]
             pictures = files_of.to_uint8(batch.images, rounding)
             if file_format == "png":
                 for seed, picture in zip(batch_seeds, pictures, strict=True):
@@ -246,8 +243,9 @@ class Animation:
     @property
     def frames(self) -> list[np.ndarray]:
         """Evenly spaced, with the last step's at the end: at least GIF_FRAMES of a longer chain, at most twice that."""
-        ends = self.last is None or (len(self.kept) > 0 and self.kept[-1] is self.last)
-        return self.kept if ends or self.last is None else [*self.kept, self.last]
+        if self.last is None or self.kept[-1] is self.last:
+            return self.kept
+        return [*self.kept, self.last]
 
 
 @main.command()

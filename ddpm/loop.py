@@ -146,7 +146,7 @@ class Loop:
             if self.device.type == "cpu":
                 yield
                 return
-            with torch.cuda.device(self.device), float32_precision(self.tf32):
+            with torch.cuda.device(self.device), float32_precision(self.tf32), deterministic_convolutions():
                 yield
 
     def _advance(self) -> None:
@@ -225,11 +225,14 @@ class Loop:
             self.prepare()  # warm-up overwrites the state, so it comes before the state is set
             self._reset()
             _fill(buffers.x, x_T)
-            if buffers.seeds is not None and seeds is not None:
-                _fill(buffers.seeds, seeds)
             feed = None
-            if buffers.noise is not None and generator is not None:
+            if buffers.noise is not None:
+                assert generator is not None  # a loop for generator noise is run with a generator, another with seeds
                 feed = NoiseFeed(generator, buffers.noise, n)
+            else:
+                assert buffers.seeds is not None
+                assert seeds is not None
+                _fill(buffers.seeds, seeds)
             pace = Pace(self.device)
             for i in range(len(table)):
                 if feed is not None and table.draws[i]:
@@ -248,23 +251,27 @@ class Loop:
 def float32_precision(tf32: bool) -> Iterator[None]:
     """What float32 means on a GPU, for convolutions and matrix products alike; torch's own default is TF32 in cuDNN.
 
-    Also no benchmark mode, which picks algorithms by timing them, so that the bits would change from run to run. The
-    settings are restored as they were: torch refuses to mix the flags used here with its old allow_tf32.
+    The settings are restored as they were: torch refuses to mix those used here with its old allow_tf32.
     """
-    settings: list[tuple[Any, str, Any]] = [
-        (torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee"),
-        (torch.backends.cudnn.conv, "fp32_precision", "tf32" if tf32 else "ieee"),  # type: ignore[attr-defined]
-        (torch.backends.cudnn, "benchmark", False),
-        (torch.backends.cudnn, "deterministic", True),
-    ]
-    before = [getattr(owner, name) for owner, name, _ in settings]
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = matmul.fp32_precision, conv.fp32_precision
     try:
-        for owner, name, value in settings:
-            setattr(owner, name, value)
+        matmul.fp32_precision = conv.fp32_precision = "tf32" if tf32 else "ieee"
         yield
     finally:
-        for (owner, name, _), value in zip(settings, before, strict=True):
-            setattr(owner, name, value)
+        matmul.fp32_precision, conv.fp32_precision = before
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """The same bits every run: benchmark mode would pick algorithms by timing them."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    try:
+        cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def _fill(buffer: Tensor, values: Tensor) -> None:

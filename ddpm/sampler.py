@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -19,7 +18,7 @@ from ddpm.fused import FusedUNet
 from ddpm.kernels.philox import PURPOSE_INITIAL, philox_normal
 from ddpm.loop import ChainShape, Loop, decide_compile
 from ddpm.noise import GeneratorNoise
-from ddpm.steps import StepTable, ddpm_steps
+from ddpm.steps import StepTable, ddpm_steps, is_integer
 
 logger = logging.getLogger("ddpm")
 
@@ -356,7 +355,8 @@ class Run:
 
         def on_step(i: int) -> None:
             advance()
-            if self.callback is not None and loop.buffers.x_0 is not None:
+            if self.callback is not None:
+                assert loop.buffers.x_0 is not None  # the loop's shape says preview
                 preview = loop.buffers.x_0[: stop - start].cpu().clone()
                 self.callback(i, int(self.table.timesteps[i]), preview)
 
@@ -437,7 +437,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 

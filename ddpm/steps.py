@@ -99,6 +99,11 @@ class StepTable:
         return self.rules.variance_type if self.rules.learned_variance else "fixed"
 
 
+def is_integer(value: object) -> bool:
+    """Whether a count may be this: Python's and NumPy's integers, but no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def spaced_timesteps(num_train_timesteps: int, steps: int, rules: SamplingRules) -> list[int]:
     """The descending timesteps of a chain of `steps` steps (Lin et al. 2023, table 2; diffusers' rounding).
 
@@ -110,7 +115,7 @@ def spaced_timesteps(num_train_timesteps: int, steps: int, rules: SamplingRules)
         ValueError: steps not in 1 .. T, or an offset that leads past T - 1.
     """
     total = num_train_timesteps
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
+    if not is_integer(steps) or not 1 <= steps <= total:
         raise ValueError(
             f"steps must be an integer from 1 to {total}, the checkpoint's training timesteps; got {steps!r}"
         )

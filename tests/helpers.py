@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
+
+from tests.weights import redraw
 
 # Small enough that a forward takes milliseconds; attention on the lower level and in the middle.
 TINY: dict[str, Any] = {
@@ -40,23 +42,6 @@ TRAINING_SCRIPT: dict[str, Any] = {  # examples/unconditional_image_generation, 
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def redraw(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every weight anew: at diffusers' own initialisation (norms at 1) some mistakes would be invisible."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in sorted(network.named_parameters()):
-            values = torch.randn(p.shape, generator=generator)
-            if name == "time_proj.weight":
-                p.copy_(values)  # a table of embeddings, or the frequencies of a Fourier embedding
-            elif p.dim() > 1:
-                p.copy_(values / p[0].numel() ** 0.5)
-            elif name.endswith("weight"):
-                p.copy_(1 + 0.1 * values)
-            else:
-                p.copy_(0.1 * values)
-    return network
 
 
 def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DModel:

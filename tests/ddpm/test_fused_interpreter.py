@@ -13,6 +13,7 @@ from ddpm.reference import sample_reference
 from ddpm.schedule import NoiseSchedule, beta_schedule
 from ddpm.steps import SamplingRules, ddpm_steps
 from ddpm.unet import UNet, UNetConfig
+from tests.weights import redraw
 
 pytestmark = pytest.mark.interpret
 TINY = {
@@ -26,14 +27,8 @@ TINY = {
 
 
 def network(**options) -> UNet:
-    torch.manual_seed(0)
-    net = UNet(UNetConfig(**TINY, **options)).eval().requires_grad_(False)
-    for parameter in net.parameters():
-        parameter.copy_(torch.randn_like(parameter) * (parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1))
-    for module in net.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            module.weight.add_(1)
-    return net
+    torch.manual_seed(0)  # of the inputs that the tests draw
+    return redraw(UNet(UNetConfig(**TINY, **options))).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("options", [{}, {"scale_shift": True}, {"downsample_padding": 0}], ids=str)

@@ -14,23 +14,17 @@ from ddpm.sampler import Sampler
 from ddpm.schedule import NoiseSchedule, beta_schedule
 from ddpm.steps import SamplingRules
 from ddpm.unet import UNet, UNetConfig
+from tests.weights import redraw
 
 pytestmark = pytest.mark.gpu
 BOUND = 1e-4
 
 
 def checkpoint(seed: int = 0) -> Checkpoint:
-    """A small network with weights of a size that makes every layer matter."""
     config = UNetConfig(
         block_out_channels=(32, 64), down_attention=(False, True), up_attention=(True, False), sample_size=(16, 16)
     )
-    torch.manual_seed(seed)
-    network = UNet(config).eval().requires_grad_(False)
-    for parameter in network.parameters():
-        parameter.copy_(torch.randn_like(parameter) * (parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1))
-    for module in network.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            module.weight.add_(1)
+    network = redraw(UNet(config), seed).eval().requires_grad_(False)
     schedule = NoiseSchedule.from_betas(beta_schedule("linear", 1000))
     return Checkpoint("diffusers", "random", network, schedule, SamplingRules(), (16, 16), "half_to_even", Report())
 
