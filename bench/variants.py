@@ -14,7 +14,7 @@ from ddpm.checkpoints import Checkpoint
 from ddpm.loop import float32_precision
 from ddpm.reference import sample_reference
 from ddpm.sampler import DTYPES, Sampler
-from ddpm.steps import spaced_timesteps
+from ddpm.steps import step_table
 
 NUMERICS_SEED = 1234
 
@@ -122,7 +122,7 @@ def reference_images(setting: Setting) -> Tensor:
         return torch.randn(shape, generator=source).to(setting.device)
 
     network = deepcopy(checkpoint.network).to(setting.device)
-    timesteps = spaced_timesteps(checkpoint.schedule.num_train_timesteps, setting.steps, checkpoint.rules)
+    timesteps = step_table(checkpoint.schedule, checkpoint.rules, setting.steps).timesteps.tolist()
     with float32_precision(False):
         x_0 = sample_reference(network, checkpoint.schedule, checkpoint.rules, timesteps, draw(-1), draw)
     return to_unit(x_0.cpu())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.fused import FusedUNet
+from ddpm.fused import FusedNetwork
 from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, decode_nonfinite, reverse_step
 from ddpm.noise import GeneratorNoise
 from ddpm.steps import StepTable
@@ -59,9 +59,11 @@ class StepBuffers:
     Attributes:
         x: the state x_t, float32 [N, C, H, W], NCHW contiguous.
         counter: int64 [1], the index of the step that comes next.
-        coefficients: float32 [capacity, columns]; time: float32 [capacity, width of the time table].
+        coefficients: float32 [capacity, columns]; time: float32 [capacity, columns of the time table].
+        classes: class embeddings, float32 [N, embedding_dim], or None.
+        condition: what the network sees beside x_t, float32 [N, k, H, W], or None; x_0 itself with self-conditioning.
         seeds: int64 [N], or None with generator noise; noise: like x, or None with seeds.
-        x_0: like x, written if previews are wanted, else None.
+        x_0: like x, written where previews or self-conditioning want it, else None.
         nonfinite: int64 [1], see `reverse_step`.
     """
 
@@ -69,15 +71,18 @@ class StepBuffers:
     counter: Tensor
     coefficients: Tensor
     time: Tensor
+    classes: Tensor | None
+    condition: Tensor | None
     seeds: Tensor | None
     noise: Tensor | None
     x_0: Tensor | None
     nonfinite: Tensor
 
 
-def step(network: FusedUNet, shape: ChainShape, buffers: StepBuffers) -> None:
+def step(network: FusedNetwork, shape: ChainShape, buffers: StepBuffers) -> None:
     """x_t -> x_{t-1} in place. Reads the counter, never advances it: a grid has no order (see Loop._advance)."""
-    out = network(buffers.x, buffers.time.index_select(0, buffers.counter))
+    row = buffers.time.index_select(0, buffers.counter)
+    out = network(buffers.x, row, buffers.classes, buffers.condition)
     reverse_step(
         buffers.x,
         out,
@@ -109,26 +114,41 @@ class Loop:
     """
 
     def __init__(
-        self, network: FusedUNet, shape: ChainShape, device: torch.device, *, compiled: bool, tf32: bool = False
+        self, network: FusedNetwork, shape: ChainShape, device: torch.device, *, compiled: bool, tf32: bool = False
     ):
         self.network, self.shape, self.device, self.tf32 = network, shape, device, tf32
-        state = (shape.batch, shape.channels, shape.height, shape.width)
-        self.buffers = StepBuffers(
-            x=torch.zeros(state, device=device),
-            counter=torch.zeros(1, dtype=torch.int64, device=device),
-            coefficients=torch.zeros(shape.capacity, len(COLUMNS), device=device),
-            time=torch.zeros(shape.capacity, network.time_row.columns, device=device),
-            seeds=None if shape.generator_noise else torch.zeros(shape.batch, dtype=torch.int64, device=device),
-            noise=torch.zeros(state, device=device) if shape.generator_noise else None,
-            x_0=torch.zeros(state, device=device) if shape.preview else None,
-            nonfinite=torch.full((1,), NONFINITE_NONE, dtype=torch.int64, device=device),
-        )
+        self.buffers = self._allocate()
         self.compiled = compiled
         self.compilations = 0
         self.captures = 0
         self._step = self._compile() if compiled else step
         self._graph: torch.cuda.CUDAGraph | None = None
         self._table: StepTable | None = None
+
+    def _allocate(self) -> StepBuffers:
+        shape, network = self.shape, self.network
+        n, image = shape.batch, (shape.height, shape.width)
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=self.device)
+
+        state = (n, shape.channels, *image)
+        x_0 = zeros(*state) if shape.preview or network.self_condition else None
+        condition = x_0 if network.self_condition else None
+        if network.condition_channels and not network.self_condition:
+            condition = zeros(n, network.condition_channels, *image)
+        return StepBuffers(
+            x=zeros(*state),
+            counter=zeros(1, dtype=torch.int64),
+            coefficients=zeros(shape.capacity, len(COLUMNS)),
+            time=zeros(shape.capacity, network.time.columns),
+            classes=zeros(n, network.time.embedding_dim) if network.time.conditional else None,
+            condition=condition,
+            seeds=None if shape.generator_noise else zeros(n, dtype=torch.int64),
+            noise=zeros(*state) if shape.generator_noise else None,
+            x_0=x_0,
+            nonfinite=torch.full((1,), NONFINITE_NONE, dtype=torch.int64, device=self.device),
+        )
 
     def _compile(self) -> Callable[..., None]:
         # Default mode: its own CUDA graphs would not mix with ours. Freezing prepacks the weights for oneDNN.
@@ -156,11 +176,14 @@ class Loop:
     def _reset(self) -> None:
         self.buffers.counter.zero_()
         self.buffers.nonfinite.fill_(NONFINITE_NONE)
+        if self.network.self_condition:
+            assert self.buffers.x_0 is not None
+            self.buffers.x_0.zero_()  # there is no previous x_0 at the first step
 
     def _set_table(self, table: StepTable) -> None:
         if table is not self._table:  # batches of one run share theirs
             self.buffers.coefficients[: len(table)].copy_(table.coefficients)
-            self.buffers.time[: len(table)].copy_(self.network.time_row.table(table.timesteps))
+            self.buffers.time[: len(table)].copy_(self.network.time.table(table.network_timesteps))
             self._table = table
 
     def _run_step(self) -> None:
@@ -202,6 +225,8 @@ class Loop:
         *,
         seeds: Tensor | None = None,
         generator: GeneratorNoise | None = None,
+        classes: Tensor | None = None,
+        condition: Tensor | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Run one chain.
@@ -211,6 +236,8 @@ class Loop:
             x_T: float32 [n, C, H, W] with 1 <= n <= the shape's batch; the rest is padded with copies of the first.
             seeds: int64 [n], or
             generator: the source of every step's noise for the n images.
+            classes: class embeddings, float32 [n, embedding_dim], of a class-conditional network.
+            condition: float32 [n, condition_channels, H, W], where the network has such an input.
             on_step: called with the index of each step (on a GPU: once it is queued, a few steps before its end).
 
         Returns:
@@ -225,6 +252,12 @@ class Loop:
             self.prepare()  # warm-up overwrites the state, so it comes before the state is set
             self._reset()
             _fill(buffers.x, x_T)
+            if buffers.classes is not None:
+                assert classes is not None  # a class-conditional network is sampled with classes
+                _fill(buffers.classes, classes)
+            if buffers.condition is not None and not self.network.self_condition:
+                assert condition is not None  # likewise
+                _fill(buffers.condition, condition)
             feed = None
             if buffers.noise is not None:
                 assert generator is not None  # a loop for generator noise is run with a generator, another with seeds

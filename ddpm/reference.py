@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
-from ddpm.steps import SamplingRules
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ class UNetConfig:
         center_input_sample: the input becomes 2x - 1.
         class_embedding: None, "table", "timestep" or "identity".
         num_class_embeds: rows of the class table.
+        condition_channels: trailing input channels that hold a conditioning image (super-resolution), not x_t.
     """
 
     block_out_channels: tuple[int, ...]
@@ -79,6 +80,7 @@ class UNetConfig:
     center_input_sample: bool = False
     class_embedding: str | None = None
     num_class_embeds: int | None = None
+    condition_channels: int = 0
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
@@ -309,6 +311,9 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
+        self.time_activation = ACTIVATIONS[config.activation]
+        self.conditional = config.class_embedding is not None
+        self.divides_by_time = config.time_embedding == "fourier"
         channels, levels = config.block_out_channels, len(config.block_out_channels)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         features = config.sinusoid_dim
@@ -376,6 +381,25 @@ class UNet(nn.Module):
                 raise ValueError(f"{direction}_resample {kind!r} is not one of conv, resnet")
         return Block(resnets, attentions, f"{direction}samplers", sampler)
 
+    @property
+    def condition_channels(self) -> int:
+        return self.config.condition_channels
+
+    def activation_elements(self, height: int, width: int) -> int:
+        """An upper estimate of what a forward holds per image: the skips, and eight tensors of the widest level."""
+        levels = enumerate(self.config.block_out_channels)
+        widths = [height * width // 4**level * channels for level, channels in levels]
+        return (self.config.layers_per_block + 1) * sum(widths) + 8 * 2 * max(widths)
+
+    def example(self, n: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Arguments of `forward`, all zero, for counting."""
+        labels = torch.zeros(n, dtype=torch.int64) if self.conditional else None
+        if self.config.class_embedding == "identity":
+            labels = torch.zeros(n, self.config.embedding_dim)
+        channels, extra = self.config.in_channels - self.condition_channels, self.condition_channels
+        condition = torch.zeros(n, extra, height, width) if extra else None
+        return torch.zeros(n, channels, height, width), torch.zeros(n, dtype=torch.int64), labels, condition
+
     def timestep_features(self, timesteps: Tensor) -> Tensor:
         """What the time MLP reads, float32 [N, features], for timesteps [N]."""
         config = self.config
@@ -383,31 +407,49 @@ class UNet(nn.Module):
             return sinusoid(timesteps, config.sinusoid_dim, config.flip_sin_to_cos, config.freq_shift)
         return self.time_proj(timesteps)
 
-    def embed(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The embedding that every resnet projects: time, plus class where the network has one. [N, embedding_dim].
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """The time MLP's output, [N, embedding_dim], for timesteps [N]."""
+        dtype = self.time_embedding.linear_1.weight.dtype
+        return self.time_embedding(self.timestep_features(timesteps).to(dtype))
+
+    def embed_classes(self, labels: Tensor) -> Tensor:
+        """What class labels add to it, [N, embedding_dim].
 
         Args:
-            timesteps: [N].
-            labels: int64 [N] for a class table; for "timestep" a number per image, for "identity" an embedding.
-
-        Raises:
-            ValueError: labels missing for a class-conditional network, or given to another.
+            labels: int64 [N] for a class table; a number per image for "timestep"; for "identity" the result itself.
         """
         dtype = self.time_embedding.linear_1.weight.dtype
-        embedding = self.time_embedding(self.timestep_features(timesteps).to(dtype))
-        kind = self.config.class_embedding
-        if (kind is None) != (labels is None):
-            raise ValueError("labels are needed by a class-conditional network, and only there")
-        if labels is None:
-            return embedding
-        if kind == "timestep":
+        if self.config.class_embedding == "timestep":
             labels = self.timestep_features(labels).to(dtype)
-        return embedding + (labels.to(dtype) if kind == "identity" else self.class_embedding(labels))
+        return labels.to(dtype) if self.config.class_embedding == "identity" else self.class_embedding(labels)
 
-    def forward(self, x: Tensor, timesteps: Tensor | int, labels: Tensor | None = None) -> Tensor:
-        """x: [N, in, H, W]; timesteps: [N], scalar tensor or number; labels: see `embed`. Returns [N, out, H, W]."""
-        timesteps = torch.as_tensor(timesteps, device=x.device).expand(len(x))
-        embedding = self.embed(timesteps, labels)
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor | int | float,
+        labels: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The output [N, out, H, W].
+
+        Args:
+            x: [N, in - condition_channels, H, W].
+            timesteps: [N], a scalar tensor or a number.
+            labels: see `embed_classes`.
+            condition: [N, condition_channels, H, W].
+
+        Raises:
+            ValueError: labels or condition missing where the network needs them, or given where it has no use for them.
+        """
+        if self.conditional != (labels is not None):
+            raise ValueError("labels are needed by a class-conditional network, and only there")
+        if (self.config.condition_channels > 0) != (condition is not None):
+            raise ValueError("a conditioning image is needed by a network with condition_channels, and only there")
+        embedding = self.embed_time(torch.as_tensor(timesteps, device=x.device).expand(len(x)))
+        if labels is not None:
+            embedding = embedding + self.embed_classes(labels)
+        if condition is not None:
+            x = torch.cat([x, condition], dim=1)
         if self.config.center_input_sample:
             x = 2 * x - 1.0
         h = self.conv_in(x)
@@ -427,6 +469,6 @@ class UNet(nn.Module):
             if block.sampler is not None:
                 h = block.change_resolution(h, embedding)
         h = self.conv_out(F.silu(self.conv_norm_out(h)))
-        if self.config.time_embedding == "fourier":
-            h = h / timesteps.to(h.dtype).view(-1, 1, 1, 1)
+        if self.divides_by_time:
+            h = h / torch.as_tensor(timesteps, dtype=h.dtype, device=h.device).expand(len(x)).view(-1, 1, 1, 1)
         return h

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
+from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
-from ddpm.steps import SamplingRules
 from ddpm.unet import UNet
+
+Network: TypeAlias = UNet
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Checkpoint:
     """A loaded checkpoint, whatever its family.
 
     Attributes:
-        family: "diffusers".
+        family: "diffusers", "guided-diffusion", "ho" or "lucidrains".
         source: the path or hub id it came from.
         network: the reference network, float32 on the CPU, in evaluation mode.
         schedule: in the family's precision.
@@ -46,7 +49,7 @@ class Checkpoint:
 
     family: str
     source: str
-    network: UNet
+    network: Network
     schedule: NoiseSchedule
     rules: SamplingRules
     sample_size: tuple[int, int]
@@ -55,4 +58,4 @@ class Checkpoint:
 
     @property
     def image_channels(self) -> int:
-        return self.network.config.in_channels
+        return self.network.config.in_channels - self.network.condition_channels

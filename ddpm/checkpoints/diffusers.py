@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
 from ddpm.checkpoints.files import load_weights, read_json, read_tensors
+from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_schedule, rescale_zero_terminal_snr
-from ddpm.steps import SamplingRules
 from ddpm.unet import UNet, UNetConfig
 
 # The defaults of diffusers' constructors, which a short configuration relies on.

@@ -316,10 +316,10 @@ def test_ctrl_c_while_loading_exits_130(checkpoint, out, monkeypatch):
 
 
 def test_a_network_that_outputs_nan_exits_1_with_a_sentence(checkpoint, out, monkeypatch):
-    from ddpm.fused import TimeRow
+    from ddpm.fused import TimePath
 
-    table = TimeRow.table
-    monkeypatch.setattr(TimeRow, "table", lambda self, timesteps: table(self, timesteps) * float("nan"))
+    table = TimePath.table
+    monkeypatch.setattr(TimePath, "table", lambda self, timesteps: table(self, timesteps) * float("nan"))
     result = sample(checkpoint, out, "--seeds", "7", "--quiet")
     assert result.exit_code == 1
     assert (

@@ -19,8 +19,9 @@ from ddpm.kernels.philox import PURPOSE_INITIAL, philox_normal
 from ddpm.kernels.reverse_step import NONFINITE_NONE
 from ddpm.loop import ChainShape, Loop
 from ddpm.noise import GeneratorNoise, seeds_to_tensor
+from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
-from ddpm.steps import SamplingRules, StepTable, ddpm_steps
+from ddpm.steps import StepTable, step_table
 from ddpm.unet import UNet, UNetConfig
 from tests.dry_cuda import Capture, Dry, HostRead, dry_cuda
 
@@ -56,7 +57,7 @@ def reference(name: str) -> UNet:
 def table(variance_type: str, clip: str = "clamp") -> StepTable:
     betas = torch.linspace(1e-4, 0.02, 1000)
     rules = SamplingRules(variance_type=variance_type, clip=clip, threshold_max=2.0)
-    return ddpm_steps(NoiseSchedule.from_betas(betas), rules, STEPS)
+    return step_table(NoiseSchedule.from_betas(betas), rules, STEPS)
 
 
 @dataclass
@@ -229,8 +230,8 @@ def test_each_gpu_captures_on_a_stream_of_its_own():
 def test_a_host_read_in_the_step_is_found(monkeypatch):
     original = FusedUNet.forward
 
-    def forward(self: FusedUNet, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        out = original(self, x, time)
+    def forward(self: FusedUNet, *inputs: torch.Tensor) -> torch.Tensor:
+        out = original(self, *inputs)
         return out if out.isfinite().all() else out * 0
 
     monkeypatch.setattr(FusedUNet, "forward", forward)

@@ -10,8 +10,9 @@ from ddpm.kernels import backend
 from ddpm.kernels.philox import PURPOSE_STEP, philox_normal_ref
 from ddpm.loop import ChainShape, Loop
 from ddpm.reference import sample_reference
+from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_schedule
-from ddpm.steps import SamplingRules, ddpm_steps
+from ddpm.steps import step_table
 from ddpm.unet import UNet, UNetConfig
 from tests.weights import redraw
 
@@ -40,7 +41,7 @@ def test_the_fused_network_equals_the_reference(options):
     x = torch.randn(2, 3, 8, 8)
     for t in (0, 999):
         expected = reference(x, t)
-        out = fused(x, fused.time_row.table(torch.tensor([t])))
+        out = fused(x, fused.time.table(torch.tensor([t])))
         assert (out - expected).abs().max() <= 5e-5 * expected.square().mean().sqrt()
 
 
@@ -51,7 +52,7 @@ def test_a_chain_equals_the_oracle(variance_type, clip):
     rules = SamplingRules(variance_type=variance_type, clip=clip, threshold_max=2.0)
     reference = network(out_channels=6 if rules.learned_variance else 3)
     schedule = NoiseSchedule.from_betas(beta_schedule("linear", 100))
-    table = ddpm_steps(schedule, rules, 4)
+    table = step_table(schedule, rules, 4)
     shape = ChainShape(
         batch=2, channels=3, height=8, width=8, capacity=100, clip=clip, variance=table.variance,
         threshold_ratio=rules.threshold_ratio, threshold_max=rules.threshold_max, generator_noise=False, preview=False,

@@ -10,9 +10,9 @@ import torch
 
 from ddpm.checkpoints import Checkpoint, Report
 from ddpm.loop import step
+from ddpm.rules import SamplingRules
 from ddpm.sampler import Sampler
 from ddpm.schedule import NoiseSchedule, beta_schedule
-from ddpm.steps import SamplingRules
 from ddpm.unet import UNet, UNetConfig
 from tests.weights import redraw
 

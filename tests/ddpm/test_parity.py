@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 import ddpm
 from ddpm.cli import DEMO
 from ddpm.reference import sample_reference
-from ddpm.steps import spaced_timesteps
+from ddpm.steps import step_table
 from tests.helpers import CIFAR, TRAINING_SCRIPT, redraw, save_tiny, stock_images, tiny_pipeline
 
 BOUND = 1e-4
@@ -27,7 +27,7 @@ def reference_images(sampler: ddpm.Sampler, n: int, steps: int) -> torch.Tensor:
     """The oracle, with the draws in the pipeline's order: x_T, then one for every step above t = 0."""
     checkpoint, source = sampler.checkpoint, generator()
     shape = (n, *sampler.image_shape)
-    timesteps = spaced_timesteps(checkpoint.schedule.num_train_timesteps, steps, checkpoint.rules)
+    timesteps = step_table(checkpoint.schedule, checkpoint.rules, steps).timesteps.tolist()
     x_T = torch.randn(shape, generator=source)
     return sample_reference(
         checkpoint.network,

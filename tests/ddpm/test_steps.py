@@ -11,56 +11,13 @@ from diffusers import DDPMScheduler
 
 from ddpm.checkpoints.diffusers import SCHEDULER_DEFAULTS, _rules, _schedule
 from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, reverse_step
+from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_schedule
-from ddpm.steps import SPACINGS, SamplingRules, StepTable, check_timesteps, ddpm_steps, spaced_timesteps
+from ddpm.steps import StepTable, step_table
 
 
 def linear(total: int = 1000) -> NoiseSchedule:
     return NoiseSchedule.from_betas(beta_schedule("linear", total))
-
-
-def chain(steps: int, spacing: str = "leading", total: int = 1000, offset: int = 0) -> list[int]:
-    return spaced_timesteps(total, steps, SamplingRules(timestep_spacing=spacing, steps_offset=offset))
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("total", [1000, 100, 77])
-def test_timesteps_equal_diffusers_for_every_number_of_steps(spacing, total):
-    scheduler = DDPMScheduler(num_train_timesteps=total, timestep_spacing=spacing)
-    for steps in range(1, total + 1):
-        scheduler.set_timesteps(steps)
-        ours, theirs = chain(steps, spacing, total), scheduler.timesteps.tolist()
-        # Floating point makes some of diffusers' "trailing" chains one step too long, with a last timestep of -1.
-        assert theirs == ours or (spacing == "trailing" and theirs == [*ours, -1]), steps
-        assert len(ours) == steps
-        assert min(ours) >= 0, steps
-        assert max(ours) < total, steps
-
-
-def test_diffusers_timestep_of_minus_one_is_left_out():
-    scheduler = DDPMScheduler(timestep_spacing="trailing")
-    scheduler.set_timesteps(61)
-    assert scheduler.timesteps.tolist() == [*chain(61, "trailing"), -1]
-
-
-@pytest.mark.parametrize("offset", [1, 3])
-def test_steps_offset_equals_diffusers(offset):
-    scheduler = DDPMScheduler(steps_offset=offset)
-    for steps in (1, 7, 50, 250, 400):
-        scheduler.set_timesteps(steps)
-        assert chain(steps, offset=offset) == scheduler.timesteps.tolist()
-
-
-def test_an_offset_past_the_last_timestep_is_refused():
-    """diffusers raises IndexError in the middle of it."""
-    with pytest.raises(ValueError, match=r"steps_offset=1 starts at timestep 1000, past the last trained one, 999"):
-        chain(1000, offset=1)
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1001, True, 2.0, "10"])
-def test_a_number_of_steps_out_of_range_is_refused(steps):
-    with pytest.raises(ValueError, match="steps must be an integer from 1 to 1000"):
-        chain(steps)
 
 
 STEPS: dict[str, dict[str, Any]] = {
@@ -98,7 +55,7 @@ def both_chains(settings: dict[str, Any], steps: int, spacing: str) -> tuple[Ste
     scheduler = DDPMScheduler(**settings)
     scheduler.set_timesteps(steps)
     merged, path = SCHEDULER_DEFAULTS | settings, Path("scheduler_config.json")
-    return ddpm_steps(_schedule(merged, path), _rules(merged, path), steps), scheduler
+    return step_table(_schedule(merged, path), _rules(merged, path), steps), scheduler
 
 
 def both_steps(table: StepTable, scheduler: DDPMScheduler, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,25 +115,25 @@ def test_one_step_without_clip_of_an_epsilon_prediction():
 
 def test_the_last_step_of_a_chain_that_ends_above_zero_draws():
     rules = SamplingRules(variance_type="fixed_large", timestep_spacing="trailing")
-    table = ddpm_steps(linear(), rules, 50)
+    table = step_table(linear(), rules, 50)
     assert int(table.timesteps[-1]) == 19
     assert table.draws == (True,) * 50
     assert float(table.coefficients[-1, COLUMNS.index("s")]) == pytest.approx(0.076, abs=1e-3)
-    leading = ddpm_steps(linear(), SamplingRules(), 50)
+    leading = step_table(linear(), SamplingRules(), 50)
     assert leading.draws == (True,) * 49 + (False,)
     assert float(leading.coefficients[-1, COLUMNS.index("s")]) == 0.0
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_a_learned_variance_does_not_draw_at_zero(variance):
-    table = ddpm_steps(linear(), SamplingRules(variance_type=variance), 10)
+    table = step_table(linear(), SamplingRules(variance_type=variance), 10)
     assert table.draws[-1] is False
     assert float(table.coefficients[-1, COLUMNS.index("s")]) == 0.0
     assert table.variance == variance
 
 
 def test_the_last_step_at_zero_returns_x_0():
-    row = ddpm_steps(linear(), SamplingRules(), 1000).coefficients[-1]
+    row = step_table(linear(), SamplingRules(), 1000).coefficients[-1]
     assert float(row[COLUMNS.index("c0")]) == 1.0
     assert float(row[COLUMNS.index("cx")]) == 0.0
 
@@ -195,33 +152,12 @@ def test_unknown_rules_are_refused_by_name(name, value):
         SamplingRules(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("timesteps", "sentence"),
-    [
-        ([], "non-empty sequence of integers"),
-        ([5, 2.5, 1], "non-empty sequence of integers"),
-        ([1, 5], "strictly descending"),
-        ([5, 5, 1], "strictly descending"),
-        ([1000, 5], r"lie in 0 \.\. 999; got 1000 \.\. 5"),
-        ([5, -1], r"lie in 0 \.\. 999; got 5 \.\. -1"),
-    ],
-)
-def test_bad_custom_timesteps_are_refused(timesteps, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        check_timesteps(timesteps, 1000)
-
-
-def test_custom_timesteps_of_any_integer_type():
-    assert check_timesteps(torch.tensor([999, 3]), 1000) == [999, 3]
-    assert check_timesteps((5,), 1000) == [5]
-
-
 def test_timesteps_exclude_steps_and_spacing():
     for other in ({"steps": 3}, {"spacing": "trailing"}):
         with pytest.raises(ValueError, match="either timesteps or steps and spacing, not both"):
-            ddpm_steps(linear(), SamplingRules(), timesteps=[5, 1], **other)
+            step_table(linear(), SamplingRules(), timesteps=[5, 1], **other)
 
 
 def test_no_steps_means_all_of_them_and_spacing_overrides():
-    assert ddpm_steps(linear(10), SamplingRules()).timesteps.tolist() == list(range(9, -1, -1))
-    assert ddpm_steps(linear(), SamplingRules(), 4, spacing="trailing").timesteps.tolist() == [999, 749, 499, 249]
+    assert step_table(linear(10), SamplingRules()).timesteps.tolist() == list(range(9, -1, -1))
+    assert step_table(linear(), SamplingRules(), 4, spacing="trailing").timesteps.tolist() == [999, 749, 499, 249]

@@ -104,8 +104,8 @@ def test_output_equals_diffusers(tmp_path, options):
     theirs, ours, x = both(tmp_path, options)
     fused = FusedUNet(ours)
     timesteps = [1, 37, 999]
-    rows = fused.time_row.table(torch.tensor(timesteps))
-    assert rows.shape == (3, fused.time_row.columns)
+    rows = fused.time.table(torch.tensor(timesteps))
+    assert rows.shape == (3, fused.time.columns)
     for i, t in enumerate(timesteps):
         expected = theirs(x, torch.tensor(t)).sample
         kept = x.clone()
@@ -120,7 +120,7 @@ def test_at_timestep_zero(tmp_path):
     fused = FusedUNet(ours)
     expected = theirs(x, 0).sample
     assert relative_difference(ours(x, 0), expected) <= BOUND
-    assert relative_difference(fused(x, fused.time_row.table(torch.tensor([0]))), expected) <= BOUND
+    assert relative_difference(fused(x, fused.time.table(torch.tensor([0]))), expected) <= BOUND
 
 
 @torch.no_grad()
@@ -138,8 +138,9 @@ def test_class_conditional_networks(tmp_path, options, labels):
     assert relative_difference(ours(x, 37, labels), expected) <= BOUND
     with pytest.raises(ValueError, match="labels are needed"):
         ours(x, 37)
-    with pytest.raises(ValueError, match="conditioned on class labels, and sampling with labels is not supported yet"):
-        FusedUNet(ours)
+    fused = FusedUNet(ours)
+    out = fused(x, fused.time.table(torch.tensor([37])), ours.embed_classes(labels))
+    assert relative_difference(out, expected) <= BOUND
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def test_the_tests_can_see_every_option(tmp_path):
 def test_the_fused_network_in_half_precision(tmp_path, dtype, bound):
     _, ours, x = both(tmp_path, {})
     fused = FusedUNet(ours, dtype)
-    out = fused(x, fused.time_row.table(torch.tensor([37])))
+    out = fused(x, fused.time.table(torch.tensor([37])))
     assert out.dtype == torch.float32
     difference = relative_difference(out, ours(x, 37))
     assert 1e-6 < difference <= bound

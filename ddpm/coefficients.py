@@ -1,0 +1,148 @@
+"""Coefficients of one step of every family, each in that family's own precision and order.
+
+Notation: a = alphas_cumprod[t]; p = alphas_cumprod of the next step of the chain (1 after the last); b = 1 - a,
+q = 1 - p, A = a / p, B = 1 - A: the betas of the chain that is really walked, not of the schedule.
+
+The ancestral step (Ho et al. 2020, algorithm 2 and eq. 7): the mean is (sqrt(p) B / b) x_0 + (sqrt(A) q / b) x_t; with
+V = q / b B the standard deviation is
+
+    fixed_small, fixed_small_log   sqrt(V)
+    fixed_large                    sqrt(B)
+    learned                        sqrt(v), v the network's second half, elementwise (diffusers)
+    learned_range                  exp((f log B + (1 - f) log V) / 2), f = (v + 1) / 2, elementwise
+
+The DDIM step (Song et al. 2021, eq. 12): with sigma = eta sqrt(q / b B) and d = sqrt(q - sigma^2), the result is
+sqrt(p) x_0 + d epsilon + sigma z, where epsilon is the network's ("raw") or the one that the clipped x_0 implies.
+
+Why families differ: diffusers and ermongroup/ddim keep alphas_cumprod in float32, where b loses digits at small t (up
+to 3e-4 of a step); OpenAI's code, pytorch_diffusion and lucidrains make tables in float64 and round them at the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm.kernels.reverse_step import COLUMNS
+from ddpm.rules import SamplingRules
+
+
+def ancestral_row(a: Tensor, p: Tensor, rules: SamplingRules, *, noisy: bool) -> Tensor:
+    """One ancestral step.
+
+    Args:
+        a, p: 0-dim, in the schedule's precision.
+        noisy: whether noise is added.
+
+    Returns:
+        float32 [len(COLUMNS)].
+    """
+    family = {"diffusers": _scheduler_ancestral, "ermongroup": _ermongroup_ancestral}
+    row = family.get(rules.convention, _table_ancestral)(a, p, rules, noisy)
+    return _as_row(row | {"clip": torch.tensor(rules.clip_range)})
+
+
+def _as_row(values: dict[str, Tensor]) -> Tensor:
+    zero = torch.tensor(0.0)
+    return torch.stack([values.get(name, zero).float() for name in COLUMNS])
+
+
+def _scheduler_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool) -> dict[str, Tensor]:
+    """diffusers' DDPMScheduler: float32, each operation rounded, in its order; V is at least 1e-20."""
+    b, q = 1 - a, 1 - p
+    alpha = a / p
+    beta = 1 - alpha
+    variance = torch.clamp(q / b * beta, min=1e-20)
+    row = scheduler_prediction(a, b, rules.prediction_type)
+    row |= {"c0": (p**0.5 * beta) / b, "cx": alpha**0.5 * q / b}
+    if rules.learned_variance:
+        return row | {"s": torch.tensor(float(noisy)), "log_min": variance.log(), "log_max": beta.log()}
+    if noisy:
+        row["s"] = {
+            "fixed_small": lambda: variance**0.5,
+            "fixed_small_log": lambda: torch.exp(0.5 * variance.log()),
+            "fixed_large": lambda: beta**0.5,
+        }[rules.variance_type]()
+    return row
+
+
+def _table_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool) -> dict[str, Tensor]:
+    """OpenAI's, pytorch_diffusion's and lucidrains' tables: float64, rounded to float32, then the logarithm's exp."""
+    b, q = 1 - a, 1 - p
+    beta = 1 - a / p
+    log_beta, log_variance = beta.log().float(), (q / b * beta).clamp(min=1e-20).log().float()
+    row = table_prediction(a, rules.prediction_type)
+    row |= {"c0": beta * p.sqrt() / b, "cx": q * (1 - beta).sqrt() / b}
+    if rules.learned_variance:
+        return row | {"s": torch.tensor(float(noisy)), "log_min": log_variance, "log_max": log_beta}
+    if noisy:
+        row["s"] = torch.exp(0.5 * (log_beta if rules.variance_type == "fixed_large" else log_variance))
+    return row
+
+
+def _ermongroup_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool) -> dict[str, Tensor]:
+    """ermongroup/ddim's "ddpm_noisy": float32; the variance is the large one whatever the network was trained with."""
+    b, beta = 1 - a, 1 - a / p
+    return {
+        "kx": (1 / a).sqrt(),
+        "ke": -(1 / a - 1).sqrt(),
+        "kd": torch.tensor(1.0),
+        "c0": p.sqrt() * beta / b,
+        "cx": (1 - beta).sqrt() * (1 - p) / b,
+        "s": torch.exp(0.5 * beta.log()) if noisy else torch.tensor(0.0),
+    }
+
+
+def scheduler_prediction(a: Tensor, b: Tensor, prediction_type: str) -> dict[str, Tensor]:
+    """kx, ke, kd such that x_0 = (kx x_t + ke out) / kd, as diffusers divides: right at a = 0 too (+-inf, clipped)."""
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    if prediction_type == "epsilon":
+        return {"kx": one, "ke": -(b**0.5), "kd": a**0.5}
+    if prediction_type == "sample":
+        return {"kx": zero, "ke": one, "kd": one}
+    return {"kx": a**0.5, "ke": -(b**0.5), "kd": one}
+
+
+def table_prediction(a: Tensor, prediction_type: str) -> dict[str, Tensor]:
+    """The same with reciprocals, as the float64 tables have it."""
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    if prediction_type == "epsilon":
+        return {"kx": (1 / a).sqrt(), "ke": -(1 / a - 1).sqrt(), "kd": one}
+    if prediction_type == "sample":
+        return {"kx": zero, "ke": one, "kd": one}
+    return {"kx": a.sqrt(), "ke": -(1 - a).sqrt(), "kd": one}
+
+
+def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
+    """One DDIM step, with rules.eta and rules.ddim_epsilon.
+
+    Every family takes alphas_cumprod in float32 here; what is a product of several factors in our form, and of none in
+    theirs, is computed in double precision from those values and rounded once.
+
+    Args:
+        a, p: 0-dim, in the schedule's precision.
+
+    Returns:
+        float32 [len(COLUMNS)].
+    """
+    if rules.convention in ("diffusers", "pytorch_diffusion", "ermongroup"):  # the second samples with the third's code
+        row = scheduler_prediction(a.float(), 1 - a.float(), rules.prediction_type)
+    else:
+        row = table_prediction(a, rules.prediction_type)
+    alpha, prev = float(a.float()), float(p.float())
+    beta = 1 - alpha
+    sigma = rules.eta * math.sqrt(max((1 - prev) / beta * (1 - alpha / prev), 0.0))
+    d = math.sqrt(max(1 - prev - sigma**2, 0.0))
+    root_a, root_b, root_p = math.sqrt(alpha), math.sqrt(beta), math.sqrt(prev)
+    if rules.ddim_epsilon == "rederived":  # epsilon = (x_t - sqrt(a) x_0) / sqrt(b)
+        c0, cx, ce = root_p - d * root_a / root_b, d / root_b, 0.0
+    elif rules.prediction_type == "epsilon":
+        c0, cx, ce = root_p, 0.0, d
+    elif rules.prediction_type == "sample":  # epsilon = (x_t - sqrt(a) out) / sqrt(b), whatever the clip did to x_0
+        c0, cx, ce = root_p, d / root_b, -d * root_a / root_b
+    else:  # epsilon = sqrt(b) x_t + sqrt(a) out
+        c0, cx, ce = root_p, d * root_b, d * root_a
+    values = {"c0": c0, "cx": cx, "ce": ce, "s": sigma, "clip": rules.clip_range}
+    return _as_row(row | {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})

@@ -1,0 +1,165 @@
+"""Building blocks of every fused network: NHWC weights, norm + SiLU in one kernel, the time path off the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.kernels import backend
+from ddpm.kernels.group_norm_silu import group_norm_silu
+from ddpm.unet import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """Which code a layer takes, for `Sampler.explain()`."""
+
+    layer: str
+    path: str
+
+
+class EmbedsTime(Protocol):
+    """What the time path needs of a reference network."""
+
+    time_activation: Callable[[Tensor], Tensor]
+    conditional: bool
+    divides_by_time: bool
+
+    def embed_time(self, timesteps: Tensor) -> Tensor: ...
+
+
+class TimePath(nn.Module):
+    """All that depends on the timestep (and the class) alone: time_emb_proj(act(emb(t) + class)) of every resnet.
+
+    The network reserves a slice of the result per resnet, in order of execution, while it is built; conv1's bias, which
+    is added where the embedding is, belongs to the slice. Without classes the whole result is a table, a row per step,
+    and nothing is left to do in the loop. With classes the table holds emb(t), and one matrix product per step makes
+    the slices of all resnets. A network that divides its output by t (Fourier embedding) has t itself in the table's
+    last column.
+
+    Args:
+        reference: in float32 on the CPU.
+    """
+
+    def __init__(self, reference: EmbedsTime):
+        super().__init__()
+        self.activation, self.embed_time = reference.time_activation, reference.embed_time
+        self.conditional, self.divides_by_time = reference.conditional, reference.divides_by_time
+        self._weights: list[Tensor] = []
+        self._biases: list[Tensor] = []
+        self.width = 0
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+
+    def reserve(self, weight: Tensor, bias: Tensor) -> slice:
+        """A slice of the result for a projection: weight [rows, embedding_dim], bias [rows]."""
+        self._weights.append(weight)
+        self._biases.append(bias)
+        self.width += len(bias)
+        return slice(self.width - len(bias), self.width)
+
+    def finish(self) -> None:
+        """Called when everything is reserved: the projections of a class-conditional network belong to the step."""
+        if self.conditional:
+            self.weight = frozen(torch.cat(self._weights))  # [width, embedding_dim]
+            self.bias = frozen(torch.cat(self._biases))
+
+    @property
+    def embedding_dim(self) -> int:
+        return self._weights[0].shape[1]
+
+    @property
+    def columns(self) -> int:
+        """Floats in a row of the table."""
+        return (self.embedding_dim if self.conditional else self.width) + self.divides_by_time
+
+    def table(self, timesteps: Tensor) -> Tensor:
+        """float32 [S, columns] for timesteps [S], computed once per chain on the CPU in float32."""
+        rows = self.embed_time(timesteps)  # [S, embedding_dim]
+        if not self.conditional:
+            rows = F.linear(self.activation(rows), torch.cat(self._weights), torch.cat(self._biases))
+        if self.divides_by_time:
+            rows = torch.cat([rows, timesteps[:, None].float()], dim=1)
+        return rows
+
+    def forward(self, row: Tensor, classes: Tensor | None) -> Tensor:
+        """The slices of one step.
+
+        Args:
+            row: of the table, float32 [1, columns].
+            classes: class embeddings, float32 [N, embedding_dim], or None.
+
+        Returns:
+            float32 [N, width] (1 row without classes); its columns are those that were reserved.
+        """
+        if not self.conditional:
+            return row
+        return F.linear(self.activation(row[:, : self.embedding_dim] + classes), self.weight, self.bias)
+
+    def explain(self) -> LayerPath:
+        if self.conditional:
+            product = f"[N, {self.embedding_dim}] x [{self.embedding_dim}, {self.width}]"
+            return LayerPath("time path", f"table of emb(t), plus class; one float32 matrix product {product} a step")
+        return LayerPath("time path", f"table of {self.columns} float32 a step, no work in the loop")
+
+
+def frozen(tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A frozen copy: the reference network stays as it was loaded."""
+    return nn.Parameter(tensor.detach().to(dtype or tensor.dtype, copy=True), requires_grad=False)
+
+
+def conv_nhwc(conv: nn.Conv2d, dtype: torch.dtype, *, bias: bool = True) -> nn.Conv2d:
+    """A copy with NHWC weights."""
+    copy = nn.utils.skip_init(
+        nn.Conv2d,
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        bias=bias,
+    )
+    copy.weight = nn.Parameter(
+        frozen(conv.weight, dtype).contiguous(memory_format=torch.channels_last), requires_grad=False
+    )
+    if bias:
+        copy.bias = frozen(conv.bias, dtype)
+    return copy
+
+
+class GroupNormSiLU(nn.Module):
+    """Weights of one `group_norm_silu`; they stay float32, as the statistics do."""
+
+    def __init__(self, norm: nn.GroupNorm, activation: str | None):
+        super().__init__()
+        self.groups, self.eps, self.activation = norm.num_groups, norm.eps, activation
+        self.weight, self.bias = frozen(norm.weight), frozen(norm.bias)
+
+    def forward(self, x: Tensor, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None):
+        silu = self.activation in ("silu", "swish")
+        y = group_norm_silu(
+            x, self.groups, self.weight, self.bias, self.eps, add=add, scale=scale, shift=shift, silu=silu
+        )
+        return y if silu or self.activation is None else ACTIVATIONS[self.activation](y)
+
+
+def explain_layer(name: str, module: nn.Module, device: torch.device) -> LayerPath | None:
+    """The path of a norm or a convolution on `device`; None for modules that only hold others."""
+    if isinstance(module, GroupNormSiLU):
+        kernel = (
+            "Triton kernel group_norm_silu" if backend.uses_triton(device) else "group_norm_silu_ref (plain PyTorch)"
+        )
+        extra = "" if module.activation in (None, "silu", "swish") else f", then {module.activation} on its own"
+        return LayerPath(name, f"{kernel}, float32 statistics{extra}")
+    if isinstance(module, nn.Conv2d):
+        library = "oneDNN" if device.type == "cpu" else "cuDNN"
+        size = f"{module.kernel_size[0]}x{module.kernel_size[1]}"
+        shape = f"{module.in_channels}->{module.out_channels}, stride {module.stride[0]}"
+        dtype = str(module.weight.dtype).removeprefix("torch.")
+        return LayerPath(name, f"{library} convolution {size}, {shape}, NHWC {dtype}")
+    return None
