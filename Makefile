@@ -6,12 +6,18 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints-cpu.txt)
 
-.PHONY: help sample test test-slow lint gpu clean
+# Published packages that tests compare with: several versions of one, so each lies in a directory of its own.
+ORIGINALS := $(VENV)/lucidrains
+LUCIDRAINS_VERSIONS := 2.3.4 1.11.1 1.9.6 1.8.15 1.7.7 1.7.1 1.6.4 0.32.0
+LUCIDRAINS := $(LUCIDRAINS_VERSIONS:%=$(ORIGINALS)/%/denoising_diffusion_pytorch/__init__.py)
+
+.PHONY: help sample test test-slow originals test-originals lint gpu clean
 
 help:
 	@echo "make sample     draw the demo's images into samples/"
 	@echo "make test       the test suite, in two processes: with and without Triton's interpreter"
 	@echo "make test-slow  the long parity tests (minutes)"
+	@echo "make test-originals  parity with published packages, which are downloaded into $(ORIGINALS)"
 	@echo "make lint       ruff, formatting, types of the public API"
 	@echo "make gpu        on a machine with a GPU: gpu tests, then the benchmark; one JSON; no network needed"
 
@@ -25,11 +31,23 @@ sample: $(VENV)/ready
 	$(BIN)/ddpm sample --seeds 0-15 --grid --out samples
 
 test: $(VENV)/ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpret and not slow" -q
-	$(BIN)/python -m pytest -m "not interpret and not slow" -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpret and not slow and not originals" -q
+	$(BIN)/python -m pytest -m "not interpret and not slow and not originals" -q
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m "slow and not interpret" -q
+	$(BIN)/python -m pytest -m "slow and not interpret and not originals" -q
+
+# Without their dependencies, which would bring another torch; tests/originals/lucidrains.py stands in for those.
+$(ORIGINALS)/dependencies/einops/__init__.py: | $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ORIGINALS)/dependencies einops==0.8.2 ema-pytorch==0.8.3
+
+$(ORIGINALS)/%/denoising_diffusion_pytorch/__init__.py: | $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ORIGINALS)/$* denoising-diffusion-pytorch==$*
+
+originals: $(ORIGINALS)/dependencies/einops/__init__.py $(LUCIDRAINS)
+
+test-originals: originals
+	REQUIRE_ORIGINALS=1 $(BIN)/python -m pytest tests/originals tests/ddpm -m originals -q
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

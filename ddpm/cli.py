@@ -14,6 +14,7 @@ import click
 if TYPE_CHECKING:
     import numpy as np
 
+    from ddpm.rules import SamplingRules
     from ddpm.sampler import Sampler
 
 DEMO = Path(str(files("ddpm") / "assets" / "emoji32-smileys"))
@@ -265,11 +266,6 @@ def describe(sampler: Sampler) -> str:
     config, schedule, rules = checkpoint.network.config, checkpoint.schedule, checkpoint.rules
     parameters = sum(p.numel() for p in checkpoint.network.parameters())
     channels, height, width = sampler.image_shape
-    attention = [
-        *(f"down {level}" for level, used in enumerate(config.down_attention) if used),
-        *(["mid"] if config.mid_block and config.mid_attention else []),
-        *(f"up {u}" for u, used in enumerate(config.up_attention) if used),
-    ]
     clip = {"none": "none", "clamp": f"clamp to +-{rules.clip_range:g}"}.get(
         rules.clip, f"dynamic threshold, quantile {rules.threshold_ratio:g}, at most {rules.threshold_max:g}"
     )
@@ -278,15 +274,36 @@ def describe(sampler: Sampler) -> str:
         ("checkpoint", f"{checkpoint.source} ({checkpoint.family})"),
         ("images", f"{channels} x {height} x {width}, bytes by {checkpoint.uint8_rounding.replace('_', ' ')}"),
         ("network", f"U-Net, {parameters:,} parameters in {len(checkpoint.network.state_dict())} tensors"),
-        ("", f"channels {', '.join(map(str, config.block_out_channels))}; {config.layers_per_block} resnets a level"),
-        ("", f"attention: {', '.join(attention) or 'none'}"),
-        ("", f"GroupNorm of {config.norm_num_groups} groups, eps {config.norm_eps:g}"),
+        *(("", line) for line in config.summary),
         ("", f"{sampler.gflop_per_image():.2f} GFLOP per image and step"),
         ("schedule", f"T {schedule.num_train_timesteps}, betas {betas[0]:.4g} .. {betas[-1]:.4g} ({betas.dtype})"),
-        ("sampling", f"DDPM, predicts {rules.prediction_type}, variance {rules.variance_type}"),
-        ("", f"clip: {clip}; spacing {rules.timestep_spacing}, offset {rules.steps_offset}"),
+        ("sampling", f"{_sampler(rules)} by default, as {rules.convention} does; predicts {rules.prediction_type}"),
+        ("", f"DDPM: variance {rules.variance_type}, clip: {clip}, spacing {rules.timestep_spacing}{_offset(rules)}"),
+        (
+            "",
+            f"DDIM: eta {rules.eta:g}, {rules.ddim_epsilon} epsilon, clip: {_ddim_clip(rules, clip)}, "
+            f"spacing {rules.ddim_spacing or rules.timestep_spacing}{_ddim_steps(rules)}",
+        ),
         ("runs on", f"{sampler.device}, {sampler.dtype}"),
     ]
     for name in ("found", "inferred", "assumed", "given", "ignored"):
         lines += [(name if i == 0 else "", entry) for i, entry in enumerate(getattr(checkpoint.report, name))]
     return "\n".join(f"{name:<11}{value}" for name, value in lines)
+
+
+def _sampler(rules: SamplingRules) -> str:
+    if rules.short_sampler in (None, rules.sampler):
+        return rules.sampler.upper()
+    return f"{rules.sampler.upper()} over all T steps, {rules.short_sampler.upper()} over fewer,"
+
+
+def _offset(rules: SamplingRules) -> str:
+    return f", offset {rules.steps_offset}" if rules.steps_offset else ""
+
+
+def _ddim_clip(rules: SamplingRules, clip: str) -> str:
+    return "none" if rules.ddim_clip == "none" else clip
+
+
+def _ddim_steps(rules: SamplingRules) -> str:
+    return f", {rules.ddim_steps} steps" if rules.ddim_steps else ""

@@ -133,7 +133,8 @@ def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
         row = table_prediction(a, rules.prediction_type)
     alpha, prev = float(a.float()), float(p.float())
     beta = 1 - alpha
-    sigma = rules.eta * math.sqrt(max((1 - prev) / beta * (1 - alpha / prev), 0.0))
+    chain_beta = float(1 - a.float() / p.float())  # in float32 it decides the noise of the smallest steps
+    sigma = rules.eta * math.sqrt(max((1 - prev) / beta * chain_beta, 0.0))
     d = math.sqrt(max(1 - prev - sigma**2, 0.0))
     root_a, root_b, root_p = math.sqrt(alpha), math.sqrt(beta), math.sqrt(prev)
     if rules.ddim_epsilon == "rederived":  # epsilon = (x_t - sqrt(a) x_0) / sqrt(b)

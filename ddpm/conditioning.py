@@ -86,7 +86,7 @@ def check_low_res(network: Network, low_res: Any, n: int, size: tuple[int, int])
     Raises:
         ValueError: low_res missing, superfluous, or of another shape, type or range.
     """
-    channels = network.condition_channels
+    channels = 0 if network.self_condition else network.condition_channels
     if not channels:
         if low_res is not None:
             raise ValueError("low_res was given, but this checkpoint is no super-resolution model; leave it out")

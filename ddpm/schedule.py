@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,42 @@ def beta_schedule(name: str, num_train_timesteps: int, beta_start: float = 1e-4,
     raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(BETA_SCHEDULES)}")
 
 
+def beta_table(name: str, num_train_timesteps: int, *, scaled: bool = True) -> Tensor:
+    """Betas as OpenAI's, Ho et al.'s and lucidrains' code builds them: float64, by NumPy.
+
+    Args:
+        name: "linear" (1e-4 .. 0.02 at T = 1000), "cosine" (Nichol & Dhariwal 2021, eq. 17) or "sigmoid" (Jabri et al.
+            2022, from -3 to 3, temperature 1).
+        num_train_timesteps: T.
+        scaled: "linear" is multiplied by 1000 / T, as all of them do but Ho et al.'s.
+
+    Returns:
+        float64 [T].
+
+    Raises:
+        ValueError: an unknown name, or betas that leave (0, 1).
+    """
+    steps = num_train_timesteps
+    if name == "linear":
+        scale = 1000 / steps if scaled else 1.0
+        betas = torch.from_numpy(np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64))
+    elif name == "cosine":
+        betas = _betas_from_alpha_bar(_cosine_alpha_bar, steps, dtype=torch.float64)
+    elif name == "sigmoid":
+        betas = _betas_from_alpha_bar(_sigmoid_alpha_bar, steps, dtype=torch.float64)
+    else:
+        raise ValueError(f"beta schedule {name!r} is not one of linear, cosine, sigmoid")
+    if not bool(((betas > 0) & (betas < 1)).all()):
+        raise ValueError(f"the {name} schedule has betas outside (0, 1) for T = {steps}; take more timesteps")
+    return betas
+
+
+def _sigmoid_alpha_bar(t: float) -> float:
+    """Jabri et al. 2022, algorithm 1: start -3, end 3, temperature 1."""
+    start, end = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
+    return (end - 1 / (1 + math.exp(3 - 6 * t))) / (end - start)
+
+
 def _cosine_alpha_bar(t: float) -> float:
     """Nichol & Dhariwal 2021, eq. 17 (s = 0.008), before normalisation."""
     return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -61,10 +98,12 @@ def _laplace_alpha_bar(t: float) -> float:
     return math.sqrt(snr / (1 + snr))
 
 
-def _betas_from_alpha_bar(alpha_bar: Callable[[float], float], steps: int, max_beta: float = 0.999) -> Tensor:
-    """beta_i = min(1 - alpha_bar((i+1)/T) / alpha_bar(i/T), max_beta), in Python doubles, rounded once to float32."""
+def _betas_from_alpha_bar(
+    alpha_bar: Callable[[float], float], steps: int, max_beta: float = 0.999, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """beta_i = min(1 - alpha_bar((i+1)/T) / alpha_bar(i/T), max_beta), in Python doubles, rounded once to dtype."""
     betas = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), max_beta) for i in range(steps)]
-    return torch.tensor(betas, dtype=torch.float32)
+    return torch.tensor(betas, dtype=dtype)
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:

@@ -99,6 +99,31 @@ class UNetConfig:
             raise ValueError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
 
     @property
+    def summary(self) -> list[str]:
+        """The architecture in a few lines, for people."""
+        attention = [
+            *(f"down {level}" for level, used in enumerate(self.down_attention) if used),
+            *(["mid"] if self.mid_block and self.mid_attention else []),
+            *(f"up {u}" for u, used in enumerate(self.up_attention) if used),
+        ]
+        heads = "one head" if not self.attention_heads and not self.attention_head_dim else ""
+        if self.attention_heads or self.attention_head_dim:
+            heads = f"{self.attention_heads} heads" if self.attention_heads else f"heads of {self.attention_head_dim}"
+        lines = [
+            f"channels {', '.join(map(str, self.block_out_channels))}; {self.layers_per_block} resnets a level"
+            + (", time scales and shifts" if self.scale_shift else ""),
+            f"attention: {', '.join(attention)}; {heads}" if attention else "attention: none",
+            f"GroupNorm of {self.norm_num_groups} groups, eps {self.norm_eps:g}",
+        ]
+        if self.class_embedding == "table":
+            lines.append(f"class-conditional: labels 0 to {(self.num_class_embeds or 1) - 1}")
+        elif self.class_embedding:
+            lines.append(f"class-conditional: {self.class_embedding} embedding")
+        if self.condition_channels:
+            lines.append(f"super-resolution: enlarges an image of {self.condition_channels} channels (low_res)")
+        return lines
+
+    @property
     def sinusoid_dim(self) -> int:
         return self.time_sinusoid_dim or self.block_out_channels[0]
 
@@ -314,6 +339,7 @@ class UNet(nn.Module):
         self.time_activation = ACTIVATIONS[config.activation]
         self.conditional = config.class_embedding is not None
         self.divides_by_time = config.time_embedding == "fourier"
+        self.self_condition = False
         channels, levels = config.block_out_channels, len(config.block_out_channels)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         features = config.sinusoid_dim

@@ -19,8 +19,6 @@ from torch import Tensor
 from . import backend
 from .backend import tl, triton
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 _TILE = 8192  # the most elements a program holds in registers
 _LATENCY_TILE = 4096  # up to here one launch beats two, however few programs it has
 _MAX_SPLITS = 32  # each program of the second launch reads this many partials per channel
@@ -66,8 +64,8 @@ def plan(n: int, channels: int, pixels: int, groups: int, sms: int, one_pass: bo
         ValueError: one_pass=True for groups too large for it.
     """
     width = channels // groups
-    whole = _next_power_of_2(pixels)
-    fits = whole * _next_power_of_2(width) <= _TILE
+    whole = backend.next_power_of_2(pixels)
+    fits = whole * backend.next_power_of_2(width) <= _TILE
     if one_pass and not fits:
         raise ValueError(
             f"a group of {width} channels x {pixels} pixels does not fit in one program; use one_pass=None"
@@ -102,14 +100,10 @@ def _channel_block(groups: int, width: int, limit: int) -> tuple[int, int]:
     def cost(per_block: int) -> tuple[float, int]:
         blocks = -(-groups // per_block)
         aligned = 8 if blocks == 1 else math.gcd(per_block * width, 8)
-        return blocks * _next_power_of_2(per_block * width) * load_cost[aligned], blocks
+        return blocks * backend.next_power_of_2(per_block * width) * load_cost[aligned], blocks
 
     best = min(range(1, max(1, min(groups, limit // width)) + 1), key=cost)
-    return best, _next_power_of_2(best * width)
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+    return best, backend.next_power_of_2(best * width)
 
 
 def _warps(tile: int) -> int:
@@ -318,21 +312,6 @@ def _apply_kernel(
     )  # fmt: skip
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Of the result: NHWC where x's channels are neighbours, else NCHW."""
-    nhwc = x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
-    return torch.channels_last if nhwc else torch.contiguous_format
-
-
-def _row(tensor: Tensor | None) -> tuple[Tensor | None, int]:
-    """A [N or 1, C] argument and its batch stride, 0 where one row serves every image."""
-    if tensor is None:
-        return None, 0
-    if tensor.stride(1) != 1:
-        tensor = tensor.contiguous()
-    return tensor, 0 if len(tensor) == 1 else tensor.stride(0)
-
-
 def _launch(
     x: Tensor,
     num_groups: int,
@@ -347,7 +326,7 @@ def _launch(
 ) -> Tensor:
     n, channels, height, width = x.shape
     pixels = height * width
-    memory_format = _memory_format(x)
+    memory_format = backend.memory_format(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if y.numel() == 0:
         return y
@@ -355,7 +334,7 @@ def _launch(
         x = x.contiguous(memory_format=memory_format)
     p = plan(n, channels, pixels, num_groups, backend.sm_count(x.device), one_pass)
     blocks = -(-num_groups // p.groups_per_block)
-    (scale, scale_n), (shift, shift_n), (add, add_n) = _row(scale), _row(shift), _row(add)
+    (scale, scale_n), (shift, shift_n), (add, add_n) = (backend.row(r) for r in (scale, shift, add))
     weight, bias = weight.contiguous(), bias.contiguous()
     x_strides = (x.stride(0), x.stride(1), backend.pixel_stride(x))
     y_strides = (y.stride(0), y.stride(1), backend.pixel_stride(y))
@@ -367,7 +346,7 @@ def _launch(
         "num_warps": p.num_warps,
         "enable_fp_fusion": True,
     }
-    padded_groups = _next_power_of_2(p.groups_per_block)
+    padded_groups = backend.next_power_of_2(p.groups_per_block)
     with backend.on_device(x):
         if p.one_pass:
             _one_pass_kernel[(n, blocks)](
@@ -384,7 +363,7 @@ def _launch(
         _apply_kernel[(n * pixel_blocks, blocks)](
             x, y, weight, bias, scale, shift, add, partials, channels, pixels, p.chunk, num_groups, pixel_blocks,
             p.splits, eps, *x_strides, *y_strides, scale_n, shift_n, add_n,
-            PADDED_SPLITS=_next_power_of_2(p.splits), SILU=silu, **cut,
+            PADDED_SPLITS=backend.next_power_of_2(p.splits), SILU=silu, **cut,
         )  # fmt: skip
     return y
 
@@ -449,7 +428,7 @@ def group_norm_silu_ref(
         y = y * (1 + scale.to(dtype)[:, :, None, None]) + shift.to(dtype)[:, :, None, None]
     if silu:
         y = F.silu(y)
-    return y.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    return y.to(x.dtype).contiguous(memory_format=backend.memory_format(x))
 
 
 def _check(
@@ -461,21 +440,14 @@ def _check(
     shift: Tensor | None,
     add: Tensor | None,
 ) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"x must be [N, C, H, W]; found shape {list(x.shape)}")
-    if x.dtype not in DTYPES and backend.uses_triton(x.device):
-        raise ValueError(f"x must be float32, float16 or bfloat16; found {x.dtype}")
-    n, channels = x.shape[:2]
+    backend.check_image(x)
+    channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x; found {num_groups}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.shape != (channels,):
             raise ValueError(f"{name} must have shape [{channels}], as x has channels; found {list(tensor.shape)}")
-    if (scale is None) != (shift is None):
-        raise ValueError("scale and shift go together; give both or neither")
-    for name, row in (("scale", scale), ("shift", shift), ("add", add)):
-        if row is not None and row.shape not in ((n, channels), (1, channels)):
-            raise ValueError(f"{name} must have shape [{n} or 1, {channels}]; found {list(row.shape)}")
+    backend.check_rows(x, scale, shift, add)
 
 
 def _fake(
@@ -489,7 +461,7 @@ def _fake(
     add: Tensor | None,
     silu: bool,
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=backend.memory_format(x))
 
 
 backend.register(

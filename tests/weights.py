@@ -12,8 +12,12 @@ def redraw(network: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, p in sorted(network.named_parameters()):
             values = torch.randn(p.shape, generator=generator)
-            if name == "time_proj.weight":
-                p.copy_(values)  # a table of embeddings, or the frequencies of a Fourier embedding
+            if name == "time_proj.weight" or name.endswith("mem_kv"):
+                p.copy_(
+                    values
+                )  # a table of embeddings or of keys and values, or the frequencies of a Fourier embedding
+            elif name.endswith(".g"):
+                p.copy_(1 + 0.1 * values)  # a norm's weight of shape [1, C, 1, 1]
             elif p.dim() > 1:
                 p.copy_(values / p[0].numel() ** 0.5)
             elif name.endswith("weight"):

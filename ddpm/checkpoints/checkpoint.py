@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from ddpm.lucidrains import LucidrainsUNet
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
 from ddpm.unet import UNet
 
-Network: TypeAlias = UNet
+Network: TypeAlias = UNet | LucidrainsUNet
 
 
 @dataclass(frozen=True)

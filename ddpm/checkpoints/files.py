@@ -30,21 +30,48 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file or a pickle, on the CPU.
+def read_checkpoint(path: Path) -> Any:
+    """What a .safetensors file or a pickle holds, on the CPU: a state dict, or what a training script put around it.
 
     Raises:
-        ValueError: truncated, not such a file, a pickle that carries code, an optimizer's state, or no state dict.
+        ValueError: truncated, not such a file, a pickle that carries code, or an optimizer's state.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if isinstance(content, dict) and {"state", "param_groups"} <= content.keys():
         raise ValueError(
             f"{path} holds an optimizer's state, not weights; pass the model's file from the same directory"
         )
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        found = f"{type(content).__name__} with keys {', '.join(map(str, list(content)[:5]))}" if content else "nothing"
-        raise ValueError(f"{path} holds {found}; expected a state dict that maps names to tensors")
     return content
+
+
+def is_state_dict(content: Any) -> bool:
+    """Whether it maps names to tensors, and nothing else."""
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file or a pickle, on the CPU.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or it holds something else than a state dict.
+    """
+    content = read_checkpoint(path)
+    if not is_state_dict(content):
+        raise ValueError(f"{path} holds {describe(content)}; expected a state dict that maps names to tensors")
+    return content
+
+
+def describe(content: Any) -> str:
+    """What was found instead of a state dict, in a few words."""
+    if isinstance(content, dict) and content:
+        return f"{type(content).__name__} with keys {', '.join(map(str, list(content)[:5]))}"
+    return (
+        f"{type(content).__name__} of {len(content)}" if isinstance(content, (list, tuple)) and content else "nothing"
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -82,8 +109,16 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def load_weights(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+def load_weights(
+    network: nn.Module,
+    state: dict[str, Tensor],
+    source: Path,
+    advice: str = "the configuration beside it describes another network",
+) -> None:
     """Put a state dict into a network built on the meta device, as float32, with nothing missing and nothing left over.
+
+    Args:
+        advice: what a user may conclude when it does not fit.
 
     Raises:
         ValueError: a key is missing or unknown, or a shape differs; names the first few.
@@ -96,7 +131,6 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], source: Path) -> 
         for k in expected
         if k in state and state[k].shape != expected[k].shape
     ]
-    advice = "the configuration beside it describes another network"
     for what, keys in (("lacks", missing), ("has unknown", unknown)):
         if keys:
             raise ValueError(

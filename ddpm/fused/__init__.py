@@ -7,11 +7,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ddpm.fused.layers import GroupNormSiLU, LayerPath, TimePath
+from ddpm.fused.layers import GroupNormSiLU, LayerPath, RMSNormSiLU, TimePath
+from ddpm.fused.lucidrains import FusedLucidrains
 from ddpm.fused.unet import FusedUNet
+from ddpm.lucidrains import LucidrainsUNet
 from ddpm.unet import UNet
 
-__all__ = ["FusedNetwork", "FusedUNet", "GroupNormSiLU", "LayerPath", "TimePath", "fuse"]
+__all__ = [
+    "FusedLucidrains",
+    "FusedNetwork",
+    "FusedUNet",
+    "GroupNormSiLU",
+    "LayerPath",
+    "RMSNormSiLU",
+    "TimePath",
+    "fuse",
+]
 
 
 class FusedNetwork(Protocol):
@@ -38,6 +49,6 @@ class FusedNetwork(Protocol):
     def explain(self, device: torch.device) -> list[LayerPath]: ...
 
 
-def fuse(reference: UNet, dtype: torch.dtype = torch.float32) -> FusedNetwork:
+def fuse(reference: UNet | LucidrainsUNet, dtype: torch.dtype = torch.float32) -> FusedNetwork:
     """The fused form of a reference network."""
-    return FusedUNet(reference, dtype)
+    return FusedLucidrains(reference, dtype) if isinstance(reference, LucidrainsUNet) else FusedUNet(reference, dtype)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ddpm.kernels import backend
 from ddpm.kernels.group_norm_silu import group_norm_silu
+from ddpm.kernels.rms_norm_silu import rms_norm_silu
+from ddpm.lucidrains import RMSNorm
 from ddpm.unet import ACTIVATIONS
 
 
@@ -146,6 +148,25 @@ class GroupNormSiLU(nn.Module):
             x, self.groups, self.weight, self.bias, self.eps, add=add, scale=scale, shift=shift, silu=silu
         )
         return y if silu or self.activation is None else ACTIVATIONS[self.activation](y)
+
+
+class RMSNormSiLU(nn.Module):
+    """Weights of one `rms_norm_silu`; they stay float32."""
+
+    def __init__(self, norm: RMSNorm, *, silu: bool = True):
+        super().__init__()
+        self.silu = silu
+        self.weight = frozen(norm.g.flatten())
+
+    def forward(
+        self,
+        x: Tensor,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return rms_norm_silu(x, self.weight, add=add, scale=scale, shift=shift, residual=residual, silu=self.silu)
 
 
 def explain_layer(name: str, module: nn.Module, device: torch.device) -> LayerPath | None:

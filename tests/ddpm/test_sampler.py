@@ -342,9 +342,7 @@ def test_nan_is_reported_with_the_step_and_the_image_where_it_began(sampler):
 def test_nan_that_begins_later_is_reported_with_that_step(checkpoint):
     sampler = ddpm.load(checkpoint, device="cpu", compile=False)
     table = sampler._network.time.table
-    sampler._network.time.table = lambda timesteps: torch.where(
-        (timesteps == 25)[:, None], torch.nan, table(timesteps)
-    )
+    sampler._network.time.table = lambda timesteps: torch.where((timesteps == 25)[:, None], torch.nan, table(timesteps))
     with pytest.raises(ddpm.NonFiniteError) as caught:
         sample(sampler, 2, generator=torch.Generator().manual_seed(0))
     assert (caught.value.step, caught.value.timestep, caught.value.seed) == (2, 25, None)

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from ddpm.kernels.group_norm_silu import group_norm_silu
 from ddpm.kernels.philox import PURPOSE_IMG2IMG, PURPOSE_INITIAL, philox_normal
 from ddpm.kernels.reverse_step import COLUMNS, reverse_step
+from ddpm.kernels.rms_norm_silu import rms_norm_silu
 from tests.dry_cuda import CHIPS, Dry, dry_cuda
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, does not interpret")
@@ -156,5 +157,66 @@ def test_group_norm_silu_of_unusual_shapes(shape, groups, layout, add):
         weight = torch.empty(shape[1], device=DEVICE)
         x = tensor(*shape, dtype=torch.float16, layout=layout)
         y = group_norm_silu(x, groups, weight, weight, 1e-5, add=weight[None] if add else None)
+    assert y.shape == x.shape
+    check(dry)
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels", "shape", "mode", "residual", "silu", "dtype", "layout"),
+    thinned(
+        11,
+        37,
+        (3, 48, 64, 130, 512, 1024, 4096, 8200),
+        # (batch, size): one image that leaves a GPU idle, many, and one of odd size.
+        ((1, 16), (16, 64), (1, 33)),
+        ("plain", "add", "scale-shift", "all"),
+        ("none", "like x", "NCHW"),
+        (True, False),
+        (torch.float32, torch.float16, torch.bfloat16),
+        LAYOUTS,
+    ),
+)
+def test_rms_norm_silu(arch, channels, shape, mode, residual, silu, dtype, layout):
+    batch, size = shape
+    with dry_cuda(arch) as dry:
+        x = tensor(batch, channels, size, size, dtype=dtype, layout=layout)
+        row = torch.empty(1, 3 * channels, device=DEVICE)
+        add, scale, shift = row.chunk(3, dim=1)
+        residual_layout = layout if residual == "like x" else residual
+        y = rms_norm_silu(
+            x,
+            torch.empty(channels, device=DEVICE),
+            add=add if mode in ("add", "all") else None,
+            scale=scale if mode in ("scale-shift", "all") else None,
+            shift=shift if mode in ("scale-shift", "all") else None,
+            residual=None if residual == "none" else torch.empty_like(x, memory_format=LAYOUTS[residual_layout]),
+            silu=silu,
+        )
+    assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
+    assert [launch.op for launch in dry.launches] == ["rms_norm_silu"]
+    check(dry)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        # Arguments that are 1 become constants, with other types than numbers have.
+        ((1, 1, 1, 1), "NCHW"),
+        ((2, 32, 1, 1), "NHWC"),
+        ((1, 1, 96, 96), "NCHW"),
+        ((3, 9, 5, 7), "NHWC"),
+        ((1, 8200, 1, 1), "NHWC"),
+        ((1, 64, 256, 256), "NHWC"),
+        # Strides and offsets of more than 32 bits.
+        ((1, 8, 65536, 65536), "NCHW"),
+    ],
+)
+@pytest.mark.parametrize("options", [False, True])
+def test_rms_norm_silu_of_unusual_shapes(shape, layout, options):
+    with dry_cuda(90) as dry:
+        weight = torch.empty(shape[1], device=DEVICE)
+        row = weight[None] if options else None
+        x = tensor(*shape, dtype=torch.float16, layout=layout)
+        y = rms_norm_silu(x, weight, add=row, scale=row, shift=row, residual=x if options else None)
     assert y.shape == x.shape
     check(dry)

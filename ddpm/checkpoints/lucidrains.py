@@ -1,0 +1,286 @@
+"""Checkpoints of lucidrains' denoising-diffusion-pytorch, 0.32 and later: its Trainer's files and bare state dicts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.checkpoints.checkpoint import Checkpoint, Report
+from ddpm.checkpoints.files import is_state_dict, load_weights
+from ddpm.checkpoints.lucidrains_keys import has_old_keys, modern_keys, numerics
+from ddpm.lucidrains import LucidrainsConfig, LucidrainsUNet
+from ddpm.rules import SamplingRules
+from ddpm.schedule import NoiseSchedule, beta_table
+
+SIGNATURE = "init_conv.weight"
+OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+# Names that only other classes of the package, or older versions of this one, have: pattern -> what it is.
+SIBLINGS = {
+    r"classes_emb|null_classes_emb": "the classifier-free-guidance U-Net",
+    r"time_mlp\.0\.weights": "a U-Net with random or learned Fourier features, of the continuous-time classes",
+    r"\.ds_conv\.": "a version before 0.12 (ConvNeXt blocks)",
+    r"\.block\.block\.0\.|block1\.block\.0\.": "a version before 0.12",
+    r"^net\.": "ElucidatedDiffusion, another sampler",
+}
+
+
+def trainer_weights(content: dict[str, Any], path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], str]:
+    """(state dict, which it is) of a file that the package's Trainer saved.
+
+    Raises:
+        ValueError: it has no averaged weights, and they were asked for.
+    """
+    name = "ema" if ema else "model"
+    state = content.get(name)
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path} has no {name!r} entry with weights; found {', '.join(map(str, content))}; "
+            f"pass ema={not ema} if the other ones will do"
+        )
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    if not ema:
+        return tensors, "raw weights, as ema=False asks"
+    averaged = {k.removeprefix("ema_model."): v for k, v in tensors.items() if k.startswith("ema_model.")}
+    return averaged or tensors, "averaged (EMA) weights, which the package itself samples from; ema=False takes the raw"
+
+
+def load_lucidrains(
+    state: dict[str, Tensor],
+    source: str,
+    path: Path,
+    *,
+    which: str = "weights are used as stored",
+    version: str | None = None,
+    image_size: int | None = None,
+    objective: str | None = None,
+    beta_schedule: str | None = None,
+    num_train_timesteps: int | None = None,
+    attention_heads: int | None = None,
+    norm_groups: int = 8,
+) -> Checkpoint:
+    """A checkpoint from a state dict of GaussianDiffusion (with its schedule) or of the U-Net alone.
+
+    Args:
+        state: names with or without the prefixes of GaussianDiffusion.
+        source: what the user called it.
+        path: of the file, for messages.
+        which: whether these weights are averaged.
+        version: of the package that wrote it; needed before 1.8, whose names do not tell how it computes.
+        image_size: H = W of the images; never stored, always needed.
+        objective: "pred_noise", "pred_x0" or "pred_v"; needed where loss_weight is not stored (before 1.5, or a U-Net
+            alone).
+        beta_schedule, num_train_timesteps: "linear", "cosine" or "sigmoid", and T; needed for a U-Net alone.
+        attention_heads: needed before 1.9 where the product of heads and their width is not 4 x 32.
+        norm_groups: of GroupNorm, before 2.0.
+
+    Raises:
+        ValueError: an option is missing or contradicts the file, or the file is of another class or version.
+    """
+    report = Report()
+    report.found.append(f"weights: {path}")
+    report.inferred.append(which)
+    for pattern, what in SIBLINGS.items():
+        if any(re.search(pattern, key) for key in state):
+            raise ValueError(f"{path} is {what} of denoising-diffusion-pytorch, which is not supported")
+    prefix = next((key.removesuffix(SIGNATURE) for key in state if key.endswith(SIGNATURE)), "")
+    unet = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    diffusion = prefix.removesuffix("model.")
+    buffers = {} if not prefix else {
+        k.removeprefix(diffusion): v for k, v in state.items() if k.startswith(diffusion) and not k.startswith(prefix)
+    }  # fmt: skip
+    if not prefix:
+        unet, buffers = {k: v for k, v in unet.items() if "." in k}, {k: v for k, v in unet.items() if "." not in k}
+    if unet[SIGNATURE].ndim != 4:
+        raise ValueError(f"{path} is a U-Net for {unet[SIGNATURE].ndim - 2}-dimensional data; expected images")
+    old = has_old_keys(unet)
+    if version is not None:
+        report.found.append(f"version {version} of denoising-diffusion-pytorch")
+    if old and version is None:
+        raise ValueError(
+            f"{path} has the names of denoising-diffusion-pytorch 0.32 to 1.7.7, which computed differently from one "
+            "to the next, and does not say which wrote it; pass version="
+        )
+    config = infer_config(unet, path, version if old else None, attention_heads, norm_groups, report)
+    try:
+        with torch.device("meta"):
+            network = LucidrainsUNet(config)
+    except ValueError as error:
+        raise ValueError(f"{path} is no U-Net of denoising-diffusion-pytorch: {error}") from error
+    load_weights(network, modern_keys(unet, version), path, "it is not a complete U-Net of denoising-diffusion-pytorch")
+    if image_size is None:
+        raise ValueError(f"{path} does not say how large its images are; pass image_size=")
+    if image_size < 1 or image_size % config.resolution_divisor:
+        raise ValueError(
+            f"image_size={image_size} must be a positive multiple of {config.resolution_divisor} for {path}, which has "
+            f"{len(config.dim_mults)} levels"
+        )
+    report.given.append(f"image_size = {image_size}")
+    schedule = _schedule(buffers, path, beta_schedule, num_train_timesteps, report)
+    rules = _rules(config, buffers, schedule, path, objective, version, report)
+    size = (image_size, image_size)
+    return Checkpoint("lucidrains", source, network, schedule, rules, size, "half_up", report)
+
+
+def infer_config(
+    unet: dict[str, Tensor], path: Path, old_version: str | None, heads: int | None, groups: int, report: Report
+) -> LucidrainsConfig:
+    """The architecture from names and shapes, and from the version where those are alike.
+
+    Args:
+        old_version: of a state dict before 1.8, else None.
+        heads: of every attention, where no memory tells them; None means 4 where 4 of 32 fit.
+    """
+    plain = {re.sub(r"^(downs\.\d+\.2|ups\.\d+\.2|mid_attn)\.fn\.(fn\.)?", r"\1.", key): v for key, v in unet.items()}
+    levels = len({key.split(".")[1] for key in plain if key.startswith("downs.")})
+    needed = ("time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight", "downs.0.2.to_qkv.weight")
+    if lacking := [key for key in needed if key not in plain]:
+        raise ValueError(f"{path} lacks {lacking[0]}; expected a U-Net of denoising-diffusion-pytorch 0.32 or later")
+    if levels > 1 and "downs.0.3.1.weight" not in plain:
+        raise ValueError(f"{path} is of denoising-diffusion-pytorch before 0.32, which is not supported")
+    dim = plain["time_mlp.1.weight"].shape[1]
+    init_dim, in_channels = plain[SIGNATURE].shape[:2]
+    out_channels = plain["final_conv.weight"].shape[0]
+    self_condition = in_channels == 2 * out_channels
+    ends = [plain.get(f"downs.{i}.3.1.weight", plain.get(f"downs.{i}.3.weight")) for i in range(levels)]
+    full, counts, widths, memory = [], [], [], 0
+    for level in range(levels):
+        full.append(f"downs.{level}.2.to_out.weight" in plain)
+        mem_kv = plain.get(f"downs.{level}.2.mem_kv")
+        inner = plain[f"downs.{level}.2.to_qkv.weight"].shape[0] // 3
+        if mem_kv is not None:  # [2, heads, M, dim_head] (full) or [2, heads, dim_head, M] (linear)
+            memory = mem_kv.shape[2 if full[-1] else 3]
+            count = mem_kv.shape[1]
+        elif heads is not None or inner == 128:
+            count = heads or 4
+        else:
+            raise ValueError(
+                f"{path} has attentions of width {inner}, and no way to tell their heads; pass attention_heads="
+            )
+        if inner % count:
+            raise ValueError(f"attention_heads={count} does not divide an attention of width {inner} in {path}")
+        counts.append(count)
+        widths.append(inner // count)
+    group = "downs.0.0.block1.norm.weight" in plain
+    kind = numerics(old_version) if old_version else None
+    if group:
+        report.assumed.append(f"GroupNorm of {groups} groups (resnet_block_groups)")
+    report.assumed.append("timestep features with theta 10000")
+    report.inferred.append(
+        f"{'GroupNorm' if group else 'RMSNorm'} blocks, {'4 memory' if memory == 4 else memory or 'no memory'} "
+        f"key/values{', self-conditioning' if self_condition else ''}"
+    )
+    return LucidrainsConfig(
+        dim=dim,
+        dim_mults=tuple(end.shape[0] // dim for end in ends if end is not None),
+        full_attention=tuple(full),
+        init_dim=init_dim,
+        channels=in_channels // 2 if self_condition else in_channels,
+        out_channels=out_channels,
+        self_condition=self_condition,
+        norm="group" if group else "rms",
+        norm_groups=groups,
+        attention_norm=kind.attention_norm if kind else "rms",
+        attention_heads=tuple(counts),
+        attention_dim_head=tuple(widths),
+        memory_key_values=memory,
+        value_scale_by_pixels=kind.value_scale_by_pixels if kind else False,
+    )
+
+
+def _schedule(
+    buffers: dict[str, Tensor], path: Path, name: str | None, total: int | None, report: Report
+) -> NoiseSchedule:
+    """From the stored betas; computed in float64, as the package does before it rounds its tables."""
+    betas = buffers.get("betas")
+    if betas is None:
+        if name is None or total is None:
+            raise ValueError(
+                f"{path} holds a U-Net without its noise schedule; pass beta_schedule= (linear, cosine or sigmoid) and "
+                "num_train_timesteps="
+            )
+        report.given.append(f"beta_schedule = {name}, num_train_timesteps = {total}")
+        return NoiseSchedule.from_betas(beta_table(name, total))
+    if name is not None or total not in (None, len(betas)):
+        raise ValueError(
+            f"{path} holds its own schedule of {len(betas)} betas; leave beta_schedule and num_train_timesteps out"
+        )
+    report.found.append(f"noise schedule: {len(betas)} betas")
+    schedule = NoiseSchedule.from_betas(betas.double())
+    stored = buffers.get("alphas_cumprod")
+    if stored is not None and not torch.allclose(stored.double(), schedule.alphas_cumprod, rtol=1e-4, atol=1e-6):
+        raise ValueError(f"{path} holds betas and alphas_cumprod that contradict each other; the file is damaged")
+    return schedule
+
+
+def _rules(
+    config: LucidrainsConfig,
+    buffers: dict[str, Tensor],
+    schedule: NoiseSchedule,
+    path: Path,
+    objective: str | None,
+    version: str | None,
+    report: Report,
+) -> SamplingRules:
+    learned = config.out_channels == 2 * config.channels
+    stored = None if learned else _objective(buffers, schedule)
+    if learned:  # LearnedGaussianDiffusion predicts the noise, whatever its objective is called
+        objective = objective or "pred_noise"
+        report.inferred.append("twice the channels: a learned variance, which goes with pred_noise")
+    elif objective is None and stored is not None:
+        objective = stored
+        report.inferred.append(f"objective = {stored}, from loss_weight")
+    elif objective is None:
+        raise ValueError(
+            f"{path} does not say what its network predicts; pass objective= (pred_noise, pred_x0 or pred_v; the "
+            "package's default was pred_noise before 1.6.3, pred_v since)"
+        )
+    elif stored is not None and stored != objective:
+        raise ValueError(f"objective={objective!r} was given, but the loss_weight in {path} is that of {stored}")
+    else:
+        report.given.append(f"objective = {objective}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
+    number = _number(version)
+    # Before 1.4.2 the network's own noise was kept beside the clipped x_0; with a learned variance it still is.
+    raw = learned or (objective == "pred_noise" and number is not None and number < (1, 4, 2))
+    eta = 1.0 if number is not None and number[:2] == (0, 32) else 0.0
+    report.assumed.append(f"DDIM with eta {eta:g} for chains shorter than T, the package's default")
+    return SamplingRules(
+        convention="lucidrains",
+        short_sampler="ddim",
+        prediction_type=OBJECTIVES[objective],
+        variance_type="learned_range" if learned else "fixed_small",
+        timestep_spacing="sections",
+        ddim_spacing="trailing_floor",
+        ddim_epsilon="raw" if raw else "rederived",
+        eta=eta,
+    )
+
+
+def _objective(buffers: dict[str, Tensor], schedule: NoiseSchedule) -> str | None:
+    """loss_weight is 1, snr or snr / (snr + 1) by objective, where snr is below the clip of min-snr weighting."""
+    weight = buffers.get("loss_weight")
+    if weight is None:
+        return None
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    i = int((snr.log() - 0.7).abs().argmin())  # about 2: the three differ, and it is below 5
+    candidates = {"pred_noise": torch.ones(()), "pred_x0": snr[i], "pred_v": snr[i] / (snr[i] + 1)}
+    found = [name for name, value in candidates.items() if abs(float(weight[i] - value)) <= 1e-3 * float(value)]
+    return found[0] if len(found) == 1 else None
+
+
+def _number(version: str | None) -> tuple[int, ...] | None:
+    """Comparable; those of the end of 2022 (1.16.6, 0.1.0a to 0.2.2a) lie between 0.32 and 1.0."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
+    if match is None:
+        return None
+    number = tuple(int(part) for part in match.groups())
+    return (0, 33, 0) if number == (1, 16, 6) or number[:2] in ((0, 1), (0, 2)) else number
+
+
+def is_trainer_file(content: Any) -> bool:
+    return isinstance(content, dict) and "model" in content and is_state_dict(content["model"])
