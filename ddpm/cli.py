@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -49,6 +50,25 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def parse_labels(text: str) -> int | list[int]:
+    """One class for all images ("3"), or one per image ("0-9,207").
+
+    Raises:
+        ValueError: not of that form.
+    """
+    if text.strip().isdecimal():
+        return int(text)
+    labels: list[int] = []
+    for part in text.split(","):
+        if not re.fullmatch(r"[0-9]+(-[0-9]+)?", part.strip()):
+            raise ValueError(
+                f"labels {text!r}: {part.strip()!r} is neither a class nor a range; write for example 0-9,207"
+            )
+        first, _, last = part.strip().partition("-")
+        labels.extend(range(int(first), int(last or first) + 1))
+    return labels
+
+
 class OneSentence(click.Group):
     """Turns the errors that users cause into one sentence and exit code 2, and Ctrl-C into exit code 130."""
 
@@ -76,6 +96,14 @@ def checkpoint_options(command: Any) -> Any:
         click.option("--scheduler-class", metavar="CLASS", help="Read the scheduler's settings as this class."),
         click.option("--revision", metavar="REV", help="Revision of a hub id."),
         click.option(
+            "-o",
+            "--option",
+            "options",
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="What the file does not say, such as image_size=64; an error names what is needed. Repeatable.",
+        ),
+        click.option(
             "--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i."
         ),
         click.option(
@@ -90,22 +118,57 @@ def checkpoint_options(command: Any) -> Any:
     return command
 
 
-def _load(checkpoint: str | None, device: str, dtype: str, compile: str = "auto", **family_options: Any) -> Sampler:
+def parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
+    """("image_size=64", "learn_sigma=true") -> {"image_size": 64, "learn_sigma": True}; other values are text.
+
+    Raises:
+        ValueError: no "=", or a name given twice.
+    """
+    result: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"option {text!r} is not of the form NAME=VALUE, such as image_size=64")
+        if name in result:
+            raise ValueError(f"option {name} is given twice")
+        try:
+            result[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            result[name] = value
+    return result
+
+
+def _load(
+    checkpoint: str | None,
+    device: str,
+    dtype: str,
+    compile: str = "auto",
+    options: tuple[str, ...] = (),
+    **family_options: Any,
+) -> Sampler:
     import ddpm
 
     choice: bool | str = {"on": True, "off": False}.get(compile, compile)
     given = {name: value for name, value in family_options.items() if value is not None}
-    return ddpm.load(checkpoint or DEMO, device=device, dtype=dtype, compile=choice, **given)
+    return ddpm.load(checkpoint or DEMO, device=device, dtype=dtype, compile=choice, **(given | parse_options(options)))
 
 
 @main.command()
 @checkpoint_options
 @click.option("--seeds", metavar="SEEDS", default="0-15", show_default=True, help="Seeds, such as 0-63,100.")
-@click.option("--steps", type=int, help="Steps of the chain; all of the checkpoint's by default.")
 @click.option(
-    "--spacing",
-    type=click.Choice(["leading", "linspace", "trailing"]),
-    help="Timestep spacing; the checkpoint's own by default.",
+    "--steps",
+    metavar="STEPS",
+    help="Steps of the chain, or a respacing string (10,10,10 or ddim50); the checkpoint's own by default.",
+)
+@click.option("--spacing", metavar="NAME", help="Timestep spacing, such as trailing; the checkpoint's own by default.")
+@click.option("--sampler", "kind", type=click.Choice(["ddpm", "ddim"]), help="The checkpoint's own by default.")
+@click.option("--eta", type=float, help="Noise of DDIM, 0 to 1.")
+@click.option("--labels", metavar="LABELS", help="Classes, such as 3 for all images, or 0-9,207: one per seed.")
+@click.option(
+    "--low-res",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Picture to enlarge, for a super-resolution checkpoint.",
 )
 @click.option("--batch-size", type=int, help="Images per pass; by available memory by default.")
 @click.option(
@@ -134,8 +197,12 @@ def _load(checkpoint: str | None, device: str, dtype: str, compile: str = "auto"
 def sample(
     checkpoint: str | None,
     seeds: str,
-    steps: int | None,
+    steps: str | None,
     spacing: str | None,
+    kind: str | None,
+    eta: float | None,
+    labels: str | None,
+    low_res: Path | None,
     batch_size: int | None,
     compile: str,
     out: Path,
@@ -145,7 +212,7 @@ def sample(
     quiet: bool,
     **load_options: Any,
 ) -> None:
-    """Draw one image per seed from CHECKPOINT: a directory that diffusers saved, or a hub id; the demo by default.
+    """Draw one image per seed from CHECKPOINT: a directory of diffusers, a weight file, or a hub id; else the demo.
 
     Images are named by seed (000042.png), or gathered in samples.npz (arr_0, seeds). An interrupted run keeps the
     batches that it finished.
@@ -163,8 +230,12 @@ def sample(
     stream = sampler.stream(
         len(seed_list),
         seeds=seed_list,
-        steps=steps,
+        steps=int(steps) if steps is not None and re.fullmatch(r"-?[0-9]+", steps) else steps,
         spacing=spacing,
+        sampler=kind,
+        eta=eta,
+        labels=None if labels is None else parse_labels(labels),
+        low_res=None if low_res is None else files_of.load_picture(low_res),
         batch_size=batch_size,
         progress=not quiet,
         callback=animation,

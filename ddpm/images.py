@@ -52,6 +52,22 @@ def _picture(image: np.ndarray):
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
+def load_picture(path: Path) -> Tensor:
+    """A picture file as float32 [1, 3, H, W] in [-1, 1].
+
+    Raises:
+        ValueError: it is no picture, or pillow is not installed.
+    """
+    try:
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    except (ImportError, OSError) as error:
+        raise ValueError(f"{path} could not be read as a picture ({error})") from error
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
+
+
 def save_png(image: np.ndarray, path: Path) -> None:
     """Write uint8 [H, W, C]."""
     picture = _picture(image)

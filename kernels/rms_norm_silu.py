@@ -58,7 +58,7 @@ def plan(n: int, channels: int, pixels: int, sms: int) -> Plan:
         block_p //= 2
     blocks = -(-channels // block_c)
     # A loop over blocks keeps sums and pointers in registers as well: half as many elements a thread.
-    warp_tile = _WARP_TILE if blocks == 1 else _WARP_TILE // 2
+    warp_tile = _WARP_TILE
     return Plan(blocks, block_c, block_p, max(1, block_p * block_c // warp_tile))
 
 

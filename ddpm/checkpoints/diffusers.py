@@ -1,4 +1,4 @@
-"""Directories that diffusers' save_pretrained wrote: UNet2DModel with a DDPMScheduler.
+"""Directories that diffusers' save_pretrained wrote: UNet2DModel with a DDPMScheduler or a DDIMScheduler.
 
 Two layouts: a pipeline (model_index.json, unet/, scheduler/) and the flat one of old repositories, where every file
 lies at the top. diffusers itself is not needed.
@@ -7,6 +7,7 @@ lies at the top. diffusers itself is not needed.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ SCHEDULER_DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "leading",
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": True,
 }
+SCHEDULERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+DDIM_STEPS = 50  # DDIMPipeline's num_inference_steps
 WEIGHTS = "diffusion_pytorch_model"
 # Attention parameters as diffusers named them before 0.15.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -84,11 +88,17 @@ HUB_FILES = ["*.json", "*.safetensors", "*.bin"]
 
 
 def is_directory_of_diffusers(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("model_index.json", "config.json", "unet/config.json"))
+    names = ("model_index.json", "config.json", "unet/config.json", "unet_ema/config.json")
+    return any((path / name).is_file() for name in names)
 
 
 def load_diffusers(
-    directory: Path, source: str, *, variant: str | None = None, scheduler_class: str | None = None
+    directory: Path,
+    source: str,
+    *,
+    variant: str | None = None,
+    scheduler_class: str | None = None,
+    ema: bool | None = None,
 ) -> Checkpoint:
     """Load a directory.
 
@@ -97,6 +107,7 @@ def load_diffusers(
         source: what the user called it.
         variant: of the weight files, such as "fp16"; by default only the unsuffixed files are looked at.
         scheduler_class: read the scheduler's configuration as this class, whatever class wrote it.
+        ema: take unet_ema/ (the default where a training script's checkpoint has it) or unet/.
 
     Raises:
         ValueError: a file is missing, damaged or describes something that is not supported.
@@ -104,7 +115,7 @@ def load_diffusers(
     report = Report()
     if variant:
         report.given.append(f"variant = {variant}")
-    unet_directory = _component(directory, "unet")
+    unet_directory = _unet_directory(directory, ema, report)
     settings = _settings(unet_directory / "config.json", UNET_DEFAULTS, report, "unet")
     config = _unet_config(settings, unet_directory / "config.json", report)
     try:
@@ -114,7 +125,8 @@ def load_diffusers(
         raise ValueError(f"{unet_directory / 'config.json'} describes no network: {error}") from error
     state, weights_path = _read_weights(unet_directory, variant, report)
     load_weights(network, _modern_keys(state, report), weights_path)
-    report.inferred.append("weights are used as stored: a training script that keeps an EMA saves that one here")
+    if unet_directory.name != "unet_ema" and ema is None:
+        report.inferred.append("weights are used as stored: a training script that keeps an EMA saves that one here")
 
     schedule, rules = _scheduler(directory, scheduler_class, report)
     wanted = config.in_channels * (2 if rules.learned_variance else 1)
@@ -131,6 +143,21 @@ def load_diffusers(
             f"{len(config.block_out_channels)} levels need a multiple of {config.resolution_divisor}"
         )
     return Checkpoint("diffusers", source, network, schedule, rules, config.sample_size, "half_to_even", report)
+
+
+def _unet_directory(directory: Path, ema: bool | None, report: Report) -> Path:
+    """unet_ema/ before unet/, unless the caller says otherwise; else the directory itself."""
+    averaged = directory / "unet_ema"
+    if averaged.is_dir() and ema is not False:
+        report.inferred.append("averaged (EMA) weights, from unet_ema/; ema=False takes unet/")
+        return averaged
+    if ema:
+        raise ValueError(f"{directory} has no unet_ema/, so ema=True has nothing to take; leave it out")
+    if averaged.is_dir():
+        report.given.append("ema = False: raw weights, from unet/")
+    if (directory.parent / "unet_ema").is_dir() and directory.name == "unet":
+        warnings.warn(f"{directory} holds raw weights; those in unet_ema/ beside it draw better images", stacklevel=4)
+    return _component(directory, "unet")
 
 
 def _component(directory: Path, name: str) -> Path:
@@ -272,6 +299,9 @@ def _modern_keys(state: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
 
 def _scheduler(directory: Path, chosen: str | None, report: Report) -> tuple[NoiseSchedule, SamplingRules]:
     path = _component(directory, "scheduler") / "scheduler_config.json"
+    of_run = directory.parent / "scheduler" / "scheduler_config.json"
+    if not path.is_file() and directory.name.startswith("checkpoint-") and of_run.is_file():
+        path = of_run  # the training script saves it once, beside its checkpoints
     if path.is_file():
         settings = _settings(path, SCHEDULER_DEFAULTS, report, "scheduler")
         name = chosen or _scheduler_class(directory, path, report)
@@ -282,12 +312,12 @@ def _scheduler(directory: Path, chosen: str | None, report: Report) -> tuple[Noi
         )
     if chosen:
         report.given.append(f"scheduler_class = {chosen}")
-    if name != "DDPMScheduler":
+    if name not in SCHEDULERS:
         raise ValueError(
-            f"{path}: scheduler class {name} is not supported yet, only DDPMScheduler; "
+            f"{path}: scheduler class {name} is not supported, only {' and '.join(SCHEDULERS)}; "
             "scheduler_class='DDPMScheduler' reads its settings as that one's and samples ancestrally"
         )
-    return _schedule(settings, path), _rules(settings, path)
+    return _schedule(settings, path), _rules(settings, path, SCHEDULERS[name])
 
 
 def _scheduler_class(directory: Path, path: Path, report: Report) -> str:
@@ -319,9 +349,12 @@ def _schedule(s: dict[str, Any], path: Path) -> NoiseSchedule:
     return NoiseSchedule.from_betas(betas)
 
 
-def _rules(s: dict[str, Any], path: Path) -> SamplingRules:
+def _rules(s: dict[str, Any], path: Path, sampler: str = "ddpm") -> SamplingRules:
     try:
         return SamplingRules(
+            sampler=sampler,
+            ddim_steps=DDIM_STEPS,
+            set_alpha_to_one=s["set_alpha_to_one"],
             prediction_type=s["prediction_type"],
             variance_type=s["variance_type"],
             clip="dynamic" if s["thresholding"] else "clamp" if s["clip_sample"] else "none",

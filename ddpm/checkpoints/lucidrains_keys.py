@@ -44,13 +44,19 @@ def numerics(version: str) -> Numerics:
     Version numbers went back once: 1.16.6 and 0.1.0a to 0.2.2a, of the end of 2022, lie between 0.32 and 1.0.
 
     Raises:
-        ValueError: not a version number.
+        ValueError: not a version number, or one of 1.8 and later, whose only U-Nets with such names are of the package's
+            other classes.
     """
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if match is None:
         raise ValueError(f"version {version!r} of denoising-diffusion-pytorch is not a number such as 1.6.4")
     number = tuple(int(part) for part in match.groups())
-    if number < (1, 7, 0) or number >= (1, 8, 0):
+    if number >= (1, 8, 0) and number != (1, 16, 6):
+        raise ValueError(
+            f"the names are those of denoising-diffusion-pytorch 0.32 to 1.7.7, but the version is {version}, where only "
+            "its guided_diffusion module has them, which is not supported"
+        )
+    if number < (1, 7, 0) or number == (1, 16, 6):
         return Numerics("eps", "layer", True)
     if number < (1, 7, 2):
         return Numerics("clamp" if number == (1, 7, 1) else "eps", "rms", True)

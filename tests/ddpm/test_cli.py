@@ -177,8 +177,10 @@ def test_info(checkpoint):
         "attention: down 1, mid, up 0",
         "GroupNorm of 4 groups, eps 1e-05",
         "T 100, betas 0.0001 .. 0.02",
-        "predicts epsilon, variance fixed_small",
-        "clamp to +-1; spacing leading, offset 0",
+        "DDPM by default, as diffusers does; predicts epsilon",
+        "DDPM: variance fixed_small",
+        "clip: clamp to +-1, spacing leading",
+        "DDIM: eta 0, raw epsilon, clip: clamp to +-1, spacing leading, 50 steps",
         "cpu, fp32",
         "found ",
         "inferred ",
@@ -226,7 +228,7 @@ def test_another_scheduler(tmp_path, out):
     save_tiny(tmp_path / "c")
     index = tmp_path / "c" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}))
-    assert_refused(sample(tmp_path / "c", out), "scheduler class PNDMScheduler is not supported yet", out)
+    assert_refused(sample(tmp_path / "c", out), "scheduler class PNDMScheduler is not supported", out)
     assert sample(tmp_path / "c", out, "--scheduler-class", "DDPMScheduler", "--seeds", "0").exit_code == 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from ddpm.checkpoints import Checkpoint, load_checkpoint
@@ -417,18 +417,18 @@ def test_a_damaged_configuration(flat, text):
     assert "JSON" in sentence
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "ScoreSdeVeScheduler", "MyOwn"])
+@pytest.mark.parametrize("name", ["PNDMScheduler", "ScoreSdeVeScheduler", "MyOwn"])
 def test_another_scheduler_class(pipeline, flat, name):
     edit(pipeline / "model_index.json", scheduler=["diffusers", name])
     sentence = refusal(pipeline)
     assert str(pipeline / "scheduler" / "scheduler_config.json") in sentence
-    assert f"scheduler class {name} is not supported yet" in sentence
+    assert f"scheduler class {name} is not supported, only DDPMScheduler and DDIMScheduler" in sentence
     checkpoint = load_checkpoint(pipeline, scheduler_class="DDPMScheduler")
     assert said(checkpoint, "given", "scheduler_class = DDPMScheduler")
     # Without a model_index.json the class that wrote the configuration decides.
     (flat / "model_index.json").unlink()
     edit(flat / "scheduler_config.json", _class_name=name)
-    assert f"scheduler class {name} is not supported yet" in refusal(flat)
+    assert f"scheduler class {name} is not supported, only DDPMScheduler and DDIMScheduler" in refusal(flat)
 
 
 @pytest.mark.parametrize(
@@ -490,3 +490,24 @@ def test_a_learned_variance_needs_six_channels(flat):
 
 def test_unknown_options(pipeline):
     assert refusal(pipeline, beta_schedule="linear").startswith("unknown option beta_schedule")
+
+
+def test_averaged_weights_of_a_training_checkpoint(tmp_path):
+    """accelerate's checkpoint-N/ holds unet/ and unet_ema/; the scheduler lies one directory above."""
+    directory = tmp_path / "checkpoint-500"
+    raw, averaged = tiny_unet(0), tiny_unet(1)
+    raw.save_pretrained(directory / "unet")
+    averaged.save_pretrained(directory / "unet_ema")
+    config = json.loads((directory / "unet_ema" / "config.json").read_text())
+    config |= {"decay": 0.9999, "inv_gamma": 1.0, "optimization_step": 500}
+    (directory / "unet_ema" / "config.json").write_text(json.dumps(config))
+    DDPMScheduler(num_train_timesteps=77).save_pretrained(tmp_path / "scheduler")
+    checkpoint = load_checkpoint(directory)
+    assert torch.equal(checkpoint.network.conv_in.weight, averaged.conv_in.weight)
+    assert checkpoint.schedule.num_train_timesteps == 77
+    assert "averaged (EMA) weights, from unet_ema/; ema=False takes unet/" in checkpoint.report.inferred
+    assert torch.equal(load_checkpoint(directory, ema=False).network.conv_in.weight, raw.conv_in.weight)
+    with pytest.warns(UserWarning, match="holds raw weights; those in unet_ema/ beside it draw better images"):
+        load_checkpoint(directory / "unet")
+    with pytest.raises(ValueError, match="has no unet_ema/, so ema=True has nothing to take"):
+        load_checkpoint(directory / "unet_ema", ema=True)

@@ -182,7 +182,7 @@ def test_the_tests_can_see_how_weights_are_standardized():
     base = LucidrainsConfig(dim=16, dim_mults=(1, 2), full_attention=(False, False), norm="group", memory_key_values=0)
     network = redraw(LucidrainsUNet(base))
     spread(network)
-    old = old_keys(network.state_dict())
+    old = {key: value.clone() for key, value in old_keys(network.state_dict()).items()}
     outputs = []
     with torch.no_grad():
         for version in ("1.7.0", "1.7.1", "1.7.7"):
@@ -220,6 +220,8 @@ def test_old_names_become_todays():
         modern_keys(old, None)
     with pytest.raises(ValueError, match="version 'latest' of denoising-diffusion-pytorch is not a number"):
         modern_keys(old, "latest")
+    with pytest.raises(ValueError, match="but the version is 2.3.4, where only its guided_diffusion module has them"):
+        modern_keys(old, "2.3.4")
 
 
 EARLY = Numerics("eps", "layer", True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 import ddpm
 from ddpm.cli import DEMO
@@ -189,3 +190,52 @@ def test_the_training_scripts_default_configuration(tmp_path):
 @pytest.mark.slow
 def test_the_demo_over_all_its_steps():
     assert_parity(DEMO, n=4, steps=1000)
+
+
+DDIM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # scheduler, arguments of both samplers
+    "defaults": ({}, {}),
+    "eta": ({}, {"eta": 0.6}),
+    "eta 1, all steps": ({}, {"eta": 1.0, "steps": 100}),
+    "rederived": ({}, {"ddim_epsilon": "rederived"}),
+    "no clip, sample": ({"clip_sample": False, "prediction_type": "sample"}, {}),
+    "sample": ({"prediction_type": "sample"}, {"eta": 0.3}),
+    "v_prediction": ({"prediction_type": "v_prediction"}, {}),
+    "v_prediction, rederived": ({"prediction_type": "v_prediction"}, {"ddim_epsilon": "rederived"}),
+    "trailing": ({"timestep_spacing": "trailing"}, {"steps": 7}),
+    "linspace": ({"timestep_spacing": "linspace"}, {"steps": 7, "eta": 0.5}),
+    "final alpha": ({"set_alpha_to_one": False, "steps_offset": 1}, {"eta": 0.5, "steps": 7}),
+    "thresholding": ({"thresholding": True, "sample_max_value": 2.0}, {"steps": 7}),
+    "zero-SNR": (
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize(("scheduler", "arguments"), DDIM.values(), ids=DDIM.keys())
+@pytest.mark.parametrize("saved_as", ["DDIMScheduler", "DDPMScheduler"])
+def test_ddim_equals_the_stock_pipeline(tmp_path, scheduler, arguments, saved_as):
+    """Whether the directory names a DDIMScheduler or sampler="ddim" is asked of one that names a DDPMScheduler."""
+    network = tiny_pipeline().unet
+    own = DDIMScheduler(**({"num_train_timesteps": 100} | scheduler))
+    pipe = DDIMPipeline(network, own)
+    pipe.set_progress_bar_config(disable=True)
+    steps = arguments.get("steps", 50)
+    expected = stock_images(
+        pipe,
+        2,
+        generator(),
+        num_inference_steps=steps,
+        eta=arguments.get("eta", 0.0),
+        use_clipped_model_output=arguments.get("ddim_epsilon") == "rederived",
+    )
+    pipe.save_pretrained(tmp_path)
+    if saved_as == "DDPMScheduler":
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", saved_as]
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        arguments = arguments | {"sampler": "ddim"}
+    source = generator()
+    images = ddpm.load(tmp_path, device="cpu", compile=False).sample(2, generator=source, progress=False, **arguments)
+    assert float((images - expected).abs().max()) <= BOUND
