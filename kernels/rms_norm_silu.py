@@ -22,8 +22,9 @@ from .backend import tl, triton
 
 _EPS = 1e-12  # the least norm that is divided by
 _TILE = 4096  # the most elements a program holds in registers: with 8192, odd strides spill
-_WIDE_BLOCK = 2048  # channels at a time where a pixel has more than _TILE
 _WARP_TILE = 512  # elements of a warp, 16 a thread; a smaller program would not be faster
+_WIDE_BLOCK = 1024  # channels at a time where a pixel has more than _TILE
+_WIDE_WARPS = 4  # 8 elements a thread: a loop keeps pointers in registers as well
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,13 @@ def plan(n: int, channels: int, pixels: int, sms: int) -> Plan:
     work. Made for NHWC, where a pixel's channels are neighbours and any number of pixels is read in whole cache lines;
     of NCHW a tile of few pixels reads short pieces of many lines. Reasoned from bytes and programs; not tuned on a GPU.
     """
-    padded = backend.next_power_of_2(channels)
-    block_c = padded if padded <= _TILE else _WIDE_BLOCK
-    block_p = max(1, min(_TILE // block_c, backend.next_power_of_2(pixels)))
+    block_c = backend.next_power_of_2(channels)
+    if block_c > _TILE:
+        return Plan(-(-channels // _WIDE_BLOCK), _WIDE_BLOCK, 1, _WIDE_WARPS)
+    block_p = min(_TILE // block_c, backend.next_power_of_2(pixels))
     while block_p > 1 and block_p * block_c > _WARP_TILE and n * -(-pixels // block_p) < 2 * sms:
         block_p //= 2
-    blocks = -(-channels // block_c)
-    # A loop over blocks keeps sums and pointers in registers as well: half as many elements a thread.
-    warp_tile = _WARP_TILE
-    return Plan(blocks, block_c, block_p, max(1, block_p * block_c // warp_tile))
+    return Plan(1, block_c, block_p, max(1, block_p * block_c // _WARP_TILE))
 
 
 @backend.jit
@@ -80,7 +79,7 @@ def _finish(
 ):  # fmt: skip
     """Normalise, scale, shift, activate, add the residual, round once, store. Pointers are at the image.
 
-    squares: [pixels, BLOCK_C], whose sum over channels is ||u||^2.
+    squares: [pixels, any number], whose sum over the second axis is ||u||^2.
     """
     inside_c = channel < channels
     inside = (pixel < pixels)[:, None] & inside_c[None, :]

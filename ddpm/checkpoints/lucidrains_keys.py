@@ -44,8 +44,7 @@ def numerics(version: str) -> Numerics:
     Version numbers went back once: 1.16.6 and 0.1.0a to 0.2.2a, of the end of 2022, lie between 0.32 and 1.0.
 
     Raises:
-        ValueError: not a version number, or one of 1.8 and later, whose only U-Nets with such names are of the package's
-            other classes.
+        ValueError: not a version number, or one of 1.8 and later, where only other classes have such names.
     """
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if match is None:
@@ -53,8 +52,8 @@ def numerics(version: str) -> Numerics:
     number = tuple(int(part) for part in match.groups())
     if number >= (1, 8, 0) and number != (1, 16, 6):
         raise ValueError(
-            f"the names are those of denoising-diffusion-pytorch 0.32 to 1.7.7, but the version is {version}, where only "
-            "its guided_diffusion module has them, which is not supported"
+            "the names are those of denoising-diffusion-pytorch 0.32 to 1.7.7, but the version is "
+            f"{version}, where only its guided_diffusion module has them, which is not supported"
         )
     if number < (1, 7, 0) or number == (1, 16, 6):
         return Numerics("eps", "layer", True)

@@ -220,7 +220,9 @@ def test_old_names_become_todays():
         modern_keys(old, None)
     with pytest.raises(ValueError, match="version 'latest' of denoising-diffusion-pytorch is not a number"):
         modern_keys(old, "latest")
-    with pytest.raises(ValueError, match="but the version is 2.3.4, where only its guided_diffusion module has them"):
+    with pytest.raises(
+        ValueError, match=r"but the version is 2\.3\.4, where only its guided_diffusion module has them"
+    ):
         modern_keys(old, "2.3.4")
 
 

@@ -27,7 +27,7 @@ def diffusion(version: str, unet: dict[str, Any], options: dict[str, Any], kind:
     package = original(version)
     network = package.Unet(**({"dim": 16, "dim_mults": (1, 2)} | unet))
     redraw(network)
-    # Linear: where alphas_cumprod nearly vanishes, 1 / sqrt(a) would make a rounding of the network a visible difference.
+    # Linear: where alphas_cumprod nearly vanishes, 1 / sqrt(a) makes a rounding of the network a visible difference.
     options = {"image_size": 8, "timesteps": T, "objective": "pred_noise", "beta_schedule": "linear"} | options
     return getattr(package, kind)(network, **options).eval().requires_grad_(False)
 

@@ -26,11 +26,13 @@ from ddpm.kernels import backend
 from ddpm.kernels.group_norm_silu import group_norm_silu
 from ddpm.kernels.philox import philox_normal
 from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, reverse_step
+from ddpm.kernels.rms_norm_silu import rms_norm_silu
 
 assert not backend.HAVE_TRITON
 z = philox_normal(torch.tensor([1, 2]), (3, 4, 4), 0, 0)
 weight = torch.ones(3)
 y = group_norm_silu(z, 3, weight, weight, 1e-5)
+y = rms_norm_silu(y, weight, residual=z)
 flag = torch.tensor([NONFINITE_NONE])
 reverse_step(z, y, torch.ones(1, len(COLUMNS)), torch.tensor([0]), flag, seeds=torch.tensor([1, 2]))
 assert z.isfinite().all() and int(flag) == NONFINITE_NONE
@@ -91,6 +93,16 @@ def test_pixel_strides():
     assert backend.pixel_stride(x[:, :, :, 1:3]) is None
     assert backend.pixel_stride(x[:, :, :, 1:2]) == 4
     assert backend.pixel_stride(x[:, :, 1:2, ::2]) == 2
+
+
+def test_results_lie_as_their_arguments_do():
+    x = torch.empty(2, 8, 6, 4)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    assert backend.memory_format(x) == torch.contiguous_format
+    assert backend.memory_format(nhwc) == backend.memory_format(nhwc[:, 2:5]) == torch.channels_last
+    assert backend.memory_format(x[:, :, ::2, ::2]) == torch.contiguous_format
+    # One channel lies both ways.
+    assert backend.memory_format(nhwc[:, :1]) == torch.contiguous_format
 
 
 def test_a_gpu_is_asked_for_its_size_once(monkeypatch):
