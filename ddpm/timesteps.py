@@ -76,11 +76,16 @@ def _sections(total: int, counts: Sequence[int]) -> list[int]:
     start = 0
     for i, count in enumerate(counts):
         size = total // len(counts) + (i < total % len(counts))
-        if not 1 <= count <= size:
+        if count > size:
             raise ValueError(f"a section of {size} of the {total} timesteps cannot give {count} steps")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        chosen += [start + round(k * stride) for k in range(count)]
+        position = 0.0
+        for _ in range(count):
+            chosen.append(start + round(position))
+            position += stride  # summed up, as the original does: k * stride would round otherwise for many counts
         start += size
+    if not chosen:
+        raise ValueError("a respacing string must give at least one step; all of its sections are 0")
     return chosen
 
 

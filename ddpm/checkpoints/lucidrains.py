@@ -25,6 +25,8 @@ SIBLINGS = {
     r"\.ds_conv\.": "a version before 0.12 (ConvNeXt blocks)",
     r"\.block\.block\.0\.|block1\.block\.0\.": "a version before 0.12",
     r"^net\.": "ElucidatedDiffusion, another sampler",
+    r"flow_model\.": "XMWrapper, another sampler",
+    r"input_block\.weight|output_block\.": "KarrasUnet",
 }
 
 
@@ -145,6 +147,12 @@ def infer_config(
     init_dim, in_channels = plain[SIGNATURE].shape[:2]
     out_channels = plain["final_conv.weight"].shape[0]
     self_condition = in_channels == 2 * out_channels
+    channels = in_channels // 2 if self_condition else in_channels
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"{path} has {out_channels} output channels for images of {channels}; expected {channels} or, with a "
+            "learned variance, twice that: it may be of another class, such as WeightedObjectiveGaussianDiffusion"
+        )
     ends = [plain.get(f"downs.{i}.3.1.weight", plain.get(f"downs.{i}.3.weight")) for i in range(levels)]
     full, counts, widths, memory = [], [], [], 0
     for level in range(levels):
@@ -178,7 +186,7 @@ def infer_config(
         dim_mults=tuple(end.shape[0] // dim for end in ends if end is not None),
         full_attention=tuple(full),
         init_dim=init_dim,
-        channels=in_channels // 2 if self_condition else in_channels,
+        channels=channels,
         out_channels=out_channels,
         self_condition=self_condition,
         norm="group" if group else "rms",
@@ -247,7 +255,7 @@ def _rules(
     number = _number(version)
     # Before 1.4.2 the network's own noise was kept beside the clipped x_0; with a learned variance it still is.
     raw = learned or (objective == "pred_noise" and number is not None and number < (1, 4, 2))
-    eta = 1.0 if number is not None and number[:2] == (0, 32) else 0.0
+    eta = 1.0 if number is not None and number < (0, 34) else 0.0  # the default became 0 at 0.1.5
     report.assumed.append(f"DDIM with eta {eta:g} for chains shorter than T, the package's default")
     return SamplingRules(
         convention="lucidrains",
@@ -274,12 +282,14 @@ def _objective(buffers: dict[str, Tensor], schedule: NoiseSchedule) -> str | Non
 
 
 def _number(version: str | None) -> tuple[int, ...] | None:
-    """Comparable; those of the end of 2022 (1.16.6, 0.1.0a to 0.2.2a) lie between 0.32 and 1.0."""
+    """Comparable; those of the end of 2022 (1.16.6, then 0.1.0a to 0.2.2a) lie between 0.32 and 1.0."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
     if match is None:
         return None
     number = tuple(int(part) for part in match.groups())
-    return (0, 33, 0) if number == (1, 16, 6) or number[:2] in ((0, 1), (0, 2)) else number
+    if number == (1, 16, 6) or (0, 1, 0) <= number < (0, 1, 5):
+        return (0, 33, 0)
+    return (0, 34, *number[1:]) if number[:2] in ((0, 1), (0, 2)) else number
 
 
 def is_trainer_file(content: Any) -> bool:

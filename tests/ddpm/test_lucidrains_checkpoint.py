@@ -134,7 +134,8 @@ def test_real_size(tmp_path):
 
 
 def network(**changes: Any) -> LucidrainsUNet:
-    config = LucidrainsConfig(**({"dim": 16, "dim_mults": (1, 2), "full_attention": (False, True)} | changes))
+    base = {"dim": 16, "init_dim": 16, "dim_mults": (1, 2), "full_attention": (False, True)}
+    config = LucidrainsConfig(**(base | changes))
     return redraw(LucidrainsUNet(config)).eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm.timesteps import DIFFUSERS_SPACINGS, SPACINGS, check_timesteps, respaced_timesteps, spaced_timesteps
+from tests.originals import guided_diffusion as original
 
 
 def chain(steps: int, spacing: str = "leading", total: int = 1000, offset: int = 0) -> list[int]:
@@ -76,6 +77,15 @@ def test_sections_are_rounded_as_guided_diffusion_does():
     assert chain(250, "sections") == ascending[::-1]
 
 
+def test_respacing_equals_the_original_for_every_count():
+    """The independent implementation; "21" is one of 278 counts where a product would round otherwise than a sum."""
+    for count in range(1, 1001):
+        assert respaced_timesteps(1000, str(count))[::-1] == original.space_timesteps(1000, str(count))
+    assert 499 in respaced_timesteps(1000, "21")
+    for text in ("10,5", "7,0,3,2", "1,1,1", "300,20"):
+        assert respaced_timesteps(1000, text)[::-1] == original.space_timesteps(1000, text)
+
+
 def test_respacing_strings():
     assert respaced_timesteps(1000, "ddim25") == list(range(960, -1, -40))
     assert respaced_timesteps(10, "") == list(range(9, -1, -1))
@@ -92,7 +102,7 @@ def test_respacing_strings():
         ("ddim", "is no respacing string"),
         ("1001", "steps must be an integer from 1 to 1000"),
         ("600,10", "a section of 500 of the 1000 timesteps cannot give 600 steps"),
-        ("0,10", "cannot give 0 steps"),
+        ("0,0", "must give at least one step"),
         ("ddim300", "no integer stride takes 300 of 1000 timesteps"),
         (",".join("1" * 1001), "has 1001 sections for 1000 timesteps"),
     ],
