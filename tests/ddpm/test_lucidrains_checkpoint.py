@@ -25,8 +25,14 @@ T = 50
 def diffusion(version: str, unet: dict[str, Any], options: dict[str, Any], kind: str = "GaussianDiffusion") -> Any:
     """The package's own object, with visible weights."""
     package = original(version)
+    if version == "1.8.15":  # its default is made for four levels
+        unet = {"full_attn": (False, True)} | unet
     network = package.Unet(**({"dim": 16, "dim_mults": (1, 2)} | unet))
     redraw(network)
+    with torch.no_grad():
+        # Random weights of full size make a chain chaotic, the more so where x_0 is fed back: a rounding would grow to
+        # a visible difference in either code.
+        network.final_conv.weight *= 0.1
     # Linear: where alphas_cumprod nearly vanishes, 1 / sqrt(a) makes a rounding of the network a visible difference.
     options = {"image_size": 8, "timesteps": T, "objective": "pred_noise", "beta_schedule": "linear"} | options
     return getattr(package, kind)(network, **options).eval().requires_grad_(False)
@@ -100,7 +106,7 @@ def test_objective_and_schedule_are_read_from_the_buffers(tmp_path, objective, s
     given = {"objective": objective, "beta_schedule": schedule, "num_train_timesteps": 1000, "image_size": 8}
     other = load_checkpoint(bare, **given)
     for schedule_of in (loaded, other):
-        torch.testing.assert_close(schedule_of.schedule.betas.float(), theirs.betas, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(schedule_of.schedule.betas.float(), theirs.betas, rtol=5e-5, atol=1e-8)
 
 
 @pytest.mark.originals
