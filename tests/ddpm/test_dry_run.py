@@ -14,10 +14,11 @@ pytest.importorskip("triton")
 
 import ddpm
 from ddpm.checkpoints import load_checkpoint
-from ddpm.fused import FusedUNet, GroupNormSiLU
+from ddpm.fused import FusedUNet, GroupNormSiLU, RMSNormSiLU, fuse
 from ddpm.kernels.philox import PURPOSE_INITIAL, philox_normal
 from ddpm.kernels.reverse_step import NONFINITE_NONE
 from ddpm.loop import ChainShape, Loop
+from ddpm.lucidrains import LucidrainsConfig, LucidrainsUNet
 from ddpm.noise import GeneratorNoise, seeds_to_tensor
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
@@ -35,6 +36,27 @@ TINY = {"block_out_channels": (32, 64), "down_attention": (False, True), "up_att
 CONFIGS = {
     "tiny": UNetConfig(**TINY, norm_num_groups=8, mid_norm_num_groups=8),
     "tiny scale-shift": UNetConfig(**TINY, scale_shift=True, out_channels=6, attention_head_dim=16),
+    # guided-diffusion: classes, learned variance, resnets that resample, fixed heads
+    "guided": UNetConfig(
+        **TINY,
+        scale_shift=True,
+        out_channels=6,
+        attention_heads=4,
+        class_embedding="table",
+        num_class_embeds=10,
+        down_resample=("resnet",) * 2,
+        up_resample=("resnet",) * 2,
+        time_sinusoid_dim=64,
+        time_embedding_dim=128,
+    ),
+    "super-resolution": UNetConfig(
+        **TINY, scale_shift=True, in_channels=6, condition_channels=3, class_embedding="table", num_class_embeds=10
+    ),
+    "ho": UNetConfig(**TINY, norm_eps=1e-6, freq_shift=1, flip_sin_to_cos=False, downsample_padding=0),
+    "lucidrains": LucidrainsConfig(dim=32, dim_mults=(1, 2), full_attention=(False, True), self_condition=True),
+    "lucidrains, GroupNorm": LucidrainsConfig(
+        dim=32, dim_mults=(1, 2), full_attention=(False, False), norm="group", memory_key_values=0, out_channels=6
+    ),
     "cifar10-32": UNetConfig(
         block_out_channels=(128, 256, 256, 256),
         down_attention=(False, True, False, False),
@@ -47,10 +69,16 @@ CONFIGS = {
 }
 
 
+NORMS = (GroupNormSiLU, RMSNormSiLU)
+
+
 @cache
-def reference(name: str) -> UNet:
+def reference(name: str) -> UNet | LucidrainsUNet:
     """Random weights: their values do not matter here."""
-    return load_checkpoint(DEMO).network if name == "demo" else UNet(CONFIGS[name])
+    if name == "demo":
+        return load_checkpoint(DEMO).network
+    config = CONFIGS[name]
+    return LucidrainsUNet(config) if isinstance(config, LucidrainsConfig) else UNet(config)
 
 
 @cache
@@ -79,7 +107,7 @@ def dry_run(
 ) -> DryRun:
     """Run a chain of STEPS steps as `Sampler` does, with noise from "seeds" or from a CPU "generator"."""
     steps = table("learned_range" if reference(name).config.out_channels == 6 else "fixed_small")
-    fused = FusedUNet(reference(name), dtype)
+    fused = fuse(reference(name), dtype)
     shape = ChainShape(
         batch=batch,
         channels=3,
@@ -97,19 +125,25 @@ def dry_run(
     with dry_cuda(arch) as dry:
         dry.to_fake_cuda(fused)
         for module in fused.modules():
-            if isinstance(module, GroupNormSiLU):
+            if isinstance(module, NORMS):
                 _record_launches(module, dry, norms)
         loop = Loop(fused, shape, DEVICE, compiled=False)
         dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
+        given = {}
+        if loop.buffers.classes is not None:
+            given["classes"] = torch.zeros_like(loop.buffers.classes)
+        if loop.buffers.condition is not None and not fused.self_condition:
+            given["condition"] = torch.zeros_like(loop.buffers.condition)
         if noise == "seeds":
             seeds = seeds_to_tensor(range(batch)).to(DEVICE)
             x = philox_normal(seeds, (3, size, size), 0, PURPOSE_INITIAL)
             first = len(dry.launches)
-            images = loop.run(steps, x, seeds=seeds)
+            images = loop.run(steps, x, seeds=seeds, **given)
         else:
             generator = GeneratorNoise(torch.Generator().manual_seed(0), batch, DEVICE)
             first = len(dry.launches)
-            images = loop.run(steps, generator.draw((batch, 3, size, size)).to(DEVICE), generator=generator)
+            x = generator.draw((batch, 3, size, size)).to(DEVICE)
+            images = loop.run(steps, x, generator=generator, **given)
         assert (images.shape, images.dtype, images.device) == ((batch, 3, size, size), torch.float32, DEVICE)
     captured = [launch.name for launch in dry.captures[0].launches]
     # twice to warm up, once to capture, and then nothing but replays
@@ -118,7 +152,7 @@ def dry_run(
     return DryRun(dry, loop, norms[: len(norms) // 3])
 
 
-def _record_launches(module: GroupNormSiLU, dry: Dry, norms: list[list[str]]) -> None:
+def _record_launches(module: torch.nn.Module, dry: Dry, norms: list[list[str]]) -> None:
     start = 0
 
     def before(*_: object) -> None:
@@ -138,10 +172,10 @@ def check(run: DryRun) -> None:
     assert run.loop.captures == 1
     assert capture.replays == STEPS
     assert dry.reads == 1  # the flag of non-finite outputs, at the end
-    count = sum(isinstance(module, GroupNormSiLU) for module in run.loop.network.modules())
+    count = sum(isinstance(module, NORMS) for module in run.loop.network.modules())
     assert len(run.norms) == count
     # a norm is one launch, or two where the statistics are split
-    assert all(ops in (["group_norm_silu"], ["group_norm_silu"] * 2) for ops in run.norms)
+    assert all(ops in (["group_norm_silu"], ["group_norm_silu"] * 2, ["rms_norm_silu"]) for ops in run.norms)
     launched = [launch.op for launch in capture.launches]
     assert launched == [op for ops in run.norms for op in ops] + ["reverse_step"]
     assert capture.ops[0] == "index_select"  # the step's row of the time table
@@ -159,6 +193,19 @@ def test_a_chain(arch, name, noise):
     run = dry_run(arch, name, 3, 16, dtype, noise, preview=noise == "generator")
     check(run)
     assert (run.loop.buffers.seeds is None) == (noise == "generator")
+
+
+@pytest.mark.parametrize("name", ["guided", "super-resolution", "ho", "lucidrains", "lucidrains, GroupNorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_family(name, dtype):
+    run = dry_run(90, name, 2, 16, dtype, "seeds")
+    check(run)
+    if name in ("guided", "super-resolution"):
+        # the label path: one matrix product for all layers, in float32; the others are the attentions'
+        attentions = sum(type(module).__name__ == "FusedAttention" for module in run.loop.network.modules())
+        assert run.capture.ops.count("linear") + run.capture.ops.count("addmm") == 2 * attentions + 1, run.capture.ops
+    if name == "lucidrains":
+        assert run.loop.buffers.condition is run.loop.buffers.x_0
 
 
 # Launches of a step beside our kernels, if every operation of PyTorch is one: whoever changes them should know it.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm.fused import FusedUNet
+from ddpm.fused import FusedUNet, fuse
 from ddpm.kernels import backend
 from ddpm.kernels.philox import PURPOSE_STEP, philox_normal_ref
 from ddpm.loop import ChainShape, Loop
+from ddpm.lucidrains import LucidrainsConfig, LucidrainsUNet
 from ddpm.reference import sample_reference
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_schedule
@@ -66,3 +67,37 @@ def test_a_chain_equals_the_oracle(variance_type, clip):
 
     expected = sample_reference(reference, schedule, rules, table.timesteps.tolist(), x_T, draw)
     assert (images - expected).abs().max() <= 1e-4
+
+
+FAMILIES = {
+    "guided-diffusion": {
+        "scale_shift": True, "attention_heads": 4, "class_embedding": "table", "num_class_embeds": 5,
+        "down_resample": ("resnet", "resnet"), "up_resample": ("resnet", "resnet"), "time_sinusoid_dim": 24,
+    },
+    "super-resolution": {"in_channels": 6, "condition_channels": 3, "scale_shift": True, "attention_head_dim": 8},
+    "ho": {"norm_eps": 1e-6, "freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0},
+    "lucidrains": LucidrainsConfig(dim=16, dim_mults=(1, 2), full_attention=(False, True), self_condition=True),
+    "lucidrains 1.8": LucidrainsConfig(
+        dim=16, dim_mults=(1, 2), full_attention=(False, True), norm="group", memory_key_values=0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_family(name):
+    config = FAMILIES[name]
+    if isinstance(config, LucidrainsConfig):
+        torch.manual_seed(0)
+        reference = redraw(LucidrainsUNet(config)).eval().requires_grad_(False)
+    else:
+        reference = network(**config)
+    fused = fuse(reference)
+    x = torch.randn(2, 3, 8, 8)
+    labels = torch.tensor([1, 4]) if reference.conditional else None
+    classes = None if labels is None else reference.embed_classes(labels)
+    condition = torch.randn(2, 3, 8, 8) if reference.condition_channels else None
+    for t in (0, 999):
+        expected = reference(x, t, labels, condition)
+        out = fused(x, fused.time.table(torch.tensor([t])), classes, condition)
+        assert (out - expected).abs().max() <= 5e-5 * expected.square().mean().sqrt()
