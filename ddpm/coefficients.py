@@ -119,7 +119,7 @@ def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
     """One DDIM step, with rules.eta and rules.ddim_epsilon.
 
     Every family takes alphas_cumprod in float32 here; what is a product of several factors in our form, and of none in
-    theirs, is computed in double precision from those values and rounded once.
+    theirs, is computed in double precision from float32 values and rounded once.
 
     Args:
         a, p: 0-dim, in the schedule's precision.
@@ -131,11 +131,11 @@ def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
         row = scheduler_prediction(a.float(), 1 - a.float(), rules.prediction_type)
     else:
         row = table_prediction(a, rules.prediction_type)
-    alpha, prev = float(a.float()), float(p.float())
-    beta = 1 - alpha
-    chain_beta = float(1 - a.float() / p.float())  # in float32 it decides the noise of the smallest steps
-    sigma = rules.eta * math.sqrt(max((1 - prev) / beta * chain_beta, 0.0))
-    d = math.sqrt(max(1 - prev - sigma**2, 0.0))
+    # In float32 as every family has it: where eta is 1 and t small, sigma^2 nearly cancels 1 - p.
+    a, p = a.float(), p.float()
+    sigma = rules.eta * ((1 - p) / (1 - a) * (1 - a / p)).clamp(min=0).sqrt()
+    d = float((1 - p - sigma**2).clamp(min=0).sqrt())
+    alpha, beta, prev = float(a), float(1 - a), float(p)
     root_a, root_b, root_p = math.sqrt(alpha), math.sqrt(beta), math.sqrt(prev)
     if rules.ddim_epsilon == "rederived":  # epsilon = (x_t - sqrt(a) x_0) / sqrt(b)
         c0, cx, ce = root_p - d * root_a / root_b, d / root_b, 0.0
@@ -145,5 +145,5 @@ def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
         c0, cx, ce = root_p, d / root_b, -d * root_a / root_b
     else:  # epsilon = sqrt(b) x_t + sqrt(a) out
         c0, cx, ce = root_p, d * root_b, d * root_a
-    values = {"c0": c0, "cx": cx, "ce": ce, "s": sigma, "clip": rules.clip_range}
+    values = {"c0": c0, "cx": cx, "ce": ce, "s": float(sigma), "clip": rules.clip_range}
     return _as_row(row | {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})

@@ -196,7 +196,7 @@ DDIM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # scheduler, arguments of both samplers
     "defaults": ({}, {}),
     "eta": ({}, {"eta": 0.6}),
-    "eta 1, all steps": ({}, {"eta": 1.0, "steps": 100}),
+    "eta 1": ({}, {"eta": 1.0, "steps": 10}),
     "rederived": ({}, {"ddim_epsilon": "rederived"}),
     "no clip, sample": ({"clip_sample": False, "prediction_type": "sample"}, {}),
     "sample": ({"prediction_type": "sample"}, {"eta": 0.3}),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from ddpm.checkpoints.diffusers import SCHEDULER_DEFAULTS, _rules, _schedule
 from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, reverse_step
@@ -161,3 +161,30 @@ def test_timesteps_exclude_steps_and_spacing():
 def test_no_steps_means_all_of_them_and_spacing_overrides():
     assert step_table(linear(10), SamplingRules()).timesteps.tolist() == list(range(9, -1, -1))
     assert step_table(linear(), SamplingRules(), 4, spacing="trailing").timesteps.tolist() == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("total", "steps"), [(100, 100), (1000, 50), (1000, 1000)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("epsilon", ["raw", "rederived"])
+def test_one_ddim_step_equals_diffusers(eta, total, steps, prediction_type, epsilon):
+    """At every step of a chain; whole chains of random networks, which magnify roundings, are in test_parity."""
+    settings = {"num_train_timesteps": total, "prediction_type": prediction_type}
+    merged, path = SCHEDULER_DEFAULTS | settings, Path("scheduler_config.json")
+    table = step_table(
+        _schedule(merged, path), _rules(merged, path), steps, sampler="ddim", eta=eta, ddim_epsilon=epsilon
+    )
+    scheduler = DDIMScheduler(**settings)
+    scheduler.set_timesteps(steps)
+    assert table.timesteps.tolist() == scheduler.timesteps.tolist()
+    assert table.draws == (eta > 0,) * steps
+    for i, t in enumerate(scheduler.timesteps):
+        g = torch.Generator().manual_seed(i)
+        x, out, noise = (torch.randn(2, 3, 4, 4, generator=g) for _ in range(3))
+        theirs = scheduler.step(
+            out, int(t), x, eta=eta, use_clipped_model_output=epsilon == "rederived", variance_noise=noise
+        ).prev_sample
+        ours, flag = x.clone(), torch.full((1,), NONFINITE_NONE)
+        reverse_step(ours, out, table.coefficients, torch.tensor([i]), flag, clip="clamp", noise=noise)
+        # The re-derived epsilon is (x - sqrt(a) x_0) / sqrt(b): at t = 0 two numbers cancel, and 1 / sqrt(b) is 100.
+        assert float((ours - theirs).abs().max()) <= (1e-6 if epsilon == "raw" else 5e-6), int(t)
