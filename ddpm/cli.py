@@ -23,25 +23,35 @@ GIF_FRAMES = 60
 GIF_IMAGES = 16
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_ranges(what: str, text: str) -> list[int]:
     """ "0-63,100" -> [0, 1, ..., 63, 100].
 
     Raises:
         ValueError: not of that form, or a range that runs backwards.
     """
-    seeds: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not re.fullmatch(r"[0-9]+(-[0-9]+)?", part.strip()):
             raise ValueError(
-                f"seeds {text!r}: {part.strip()!r} is neither a number nor a range; write for example 0-63,100"
+                f"{what} {text!r}: {part.strip()!r} is neither a number nor a range; write for example 0-63,100"
             )
         start, stop = int(first), int(last) if dash else int(first)
         if stop - start > 10**8:
-            raise ValueError(f"seeds {text!r}: {part.strip()} are {stop - start + 1:,} images; write smaller ranges")
+            raise ValueError(f"{what} {text!r}: {part.strip()} are {stop - start + 1:,} images; write smaller ranges")
         if stop < start:
-            raise ValueError(f"seeds {text!r}: the range {part.strip()} runs backwards; write {stop}-{start}")
-        seeds.extend(range(start, stop + 1))
+            raise ValueError(f"{what} {text!r}: the range {part.strip()} runs backwards; write {stop}-{start}")
+        numbers.extend(range(start, stop + 1))
+    return numbers
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Ranges without repetition.
+
+    Raises:
+        ValueError: see `parse_ranges`; or a seed is named twice.
+    """
+    seeds = parse_ranges("seeds", text)
     duplicates = len(seeds) - len(set(seeds))
     if duplicates:
         raise ValueError(
@@ -56,17 +66,7 @@ def parse_labels(text: str) -> int | list[int]:
     Raises:
         ValueError: not of that form.
     """
-    if text.strip().isdecimal():
-        return int(text)
-    labels: list[int] = []
-    for part in text.split(","):
-        if not re.fullmatch(r"[0-9]+(-[0-9]+)?", part.strip()):
-            raise ValueError(
-                f"labels {text!r}: {part.strip()!r} is neither a class nor a range; write for example 0-9,207"
-            )
-        first, _, last = part.strip().partition("-")
-        labels.extend(range(int(first), int(last or first) + 1))
-    return labels
+    return int(text) if text.strip().isdecimal() else parse_ranges("labels", text)
 
 
 class OneSentence(click.Group):
@@ -131,6 +131,8 @@ def parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
             raise ValueError(f"option {text!r} is not of the form NAME=VALUE, such as image_size=64")
         if name in result:
             raise ValueError(f"option {name} is given twice")
+        if name in ("device", "dtype", "compile", "source"):
+            raise ValueError(f"{name} is not an option of a checkpoint; see ddpm --help for its own place")
         try:
             result[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:

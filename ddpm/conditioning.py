@@ -39,7 +39,10 @@ def embed_labels(network: Network, labels: Any, n: int) -> Tensor | None:
             expected = f"an embedding per image, [n, {config.embedding_dim}]"
         raise ValueError(f"this checkpoint is class-conditional; pass labels=, {expected}")
     if config.class_embedding == "identity":
-        values = torch.as_tensor(labels, dtype=torch.float32)
+        try:
+            values = torch.as_tensor(labels, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"labels must be embeddings, [{n}, {config.embedding_dim}]; got {labels!r}") from error
         if values.shape != (n, config.embedding_dim):
             raise ValueError(f"labels has shape {list(values.shape)}; expected {[n, config.embedding_dim]}")
         return network.embed_classes(values)

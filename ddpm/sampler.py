@@ -51,13 +51,14 @@ def load(
     """Load a checkpoint and make a sampler for it.
 
     Args:
-        source: a directory that diffusers saved, a weight file inside one, or a hub id ("owner/name").
+        source: a directory that diffusers saved, a weight file of any family (.safetensors, .pt, .pth, .ckpt, .bin), or
+            a hub id ("owner/name").
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:i".
         dtype: of the network: "fp32" (IEEE), "tf32" (float32 whose products may use TF32, what torch does to
             convolutions by default), "fp16", "bf16"; "auto" is "fp32". The state, the noise and the step are float32
             always.
         compile: True, False, or "auto": where the run is long enough to repay it.
-        family_options: for diffusers: variant="fp16", scheduler_class=..., revision=... of a hub id.
+        family_options: what the file does not say, such as image_size=64; see `ddpm.checkpoints.load_checkpoint`.
 
     Raises:
         ValueError: one sentence that names the file or the argument, what was expected and what was found.

@@ -33,6 +33,8 @@ def load_checkpoint(source: str | os.PathLike[str], **family_options: Any) -> Ch
         ValueError: one sentence that names the file or option, what was expected and what was found.
     """
     path = Path(source).expanduser()
+    if reserved := {"state", "source", "path", "which", "weights"} & family_options.keys():
+        raise ValueError(f"unknown option {', '.join(sorted(reserved))}; it is not a setting of any checkpoint")
     if not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
             raise ValueError(
@@ -63,17 +65,16 @@ def _load_file(path: Path, source: str, options: dict[str, Any]) -> Checkpoint:
     if path.suffix != ".safetensors" and path.suffix not in PICKLES:
         raise ValueError(f"{path} is not a checkpoint: expected a directory, .safetensors, {', '.join(PICKLES)}")
     if path.name.startswith(WEIGHTS) and (path.parent / "config.json").is_file():
-        read_checkpoint(path)  # a damaged file is named as such
-        parent = path.parent.parent
-        directory = parent if path.parent.name == "unet" and is_directory_of_diffusers(parent) else path.parent
         _check_options("diffusers", load_diffusers, options)
-        return load_diffusers(directory, source, **options)
+        return load_diffusers(path.parent, source, weights=path, **options)
     content = read_checkpoint(path)
     if isinstance(content, list):
         _check_options("Ho et al.", ho.load_ho, options, "ema")
         state, which = ho.weights_of_list(content, path, ema=options.pop("ema", True))
         options = {"sampling_code": "ermongroup"} | options
         return ho.load_ho(_without_module(state), source, path, which=which, **options)
+    if is_state_dict(content) and any(key.startswith("ema_model.") for key in content):
+        content = lucidrains.of_ema_wrapper(content)
     if lucidrains.is_trainer_file(content):
         _check_options("lucidrains", lucidrains.load_lucidrains, options, "ema")
         state, which = lucidrains.trainer_weights(content, path, ema=options.pop("ema", True))
@@ -81,7 +82,10 @@ def _load_file(path: Path, source: str, options: dict[str, Any]) -> Checkpoint:
         options = ({"version": version} if isinstance(version, str) else {}) | options
         return lucidrains.load_lucidrains(_without_module(state), source, path, which=which, **options)
     if not is_state_dict(content):
-        raise ValueError(f"{path} holds {describe(content)}; expected a state dict that maps names to tensors")
+        raise ValueError(
+            f"{path} holds {describe(content)}; expected a state dict that maps names to tensors; if one of its "
+            "entries is that, save the entry by itself"
+        )
     return _load_state(_without_module(content), path, source, options)
 
 

@@ -43,9 +43,11 @@ class Checkpoint:
         schedule: in the family's precision.
         rules: the family's own sampling defaults.
         sample_size: (H, W) of its images.
-        image_channels: channels of its images.
         uint8_rounding: how the family turns [-1, 1] into bytes; see `ddpm.images.to_uint8`.
         report: what was found, inferred, assumed.
+
+    Raises:
+        ValueError: the network's output has not as many channels as the images, or twice that with a learned variance.
     """
 
     family: str
@@ -57,6 +59,16 @@ class Checkpoint:
     uint8_rounding: str
     report: Report
 
+    def __post_init__(self) -> None:
+        wanted = self.image_channels * (2 if self.rules.learned_variance else 1)
+        found = self.network.config.out_channels
+        if found != wanted:
+            raise ValueError(
+                f"{self.source} has {found} output channels, but images of {self.image_channels} channels with "
+                f"variance {self.rules.variance_type} need {wanted}; this network cannot be sampled so"
+            )
+
     @property
     def image_channels(self) -> int:
+        """Channels of the images: of the network's input, less those of a conditioning image."""
         return self.network.config.in_channels - self.network.condition_channels

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
 from ddpm.checkpoints.files import load_weights, read_json, read_tensors
+from ddpm.checkpoints.options import boolean
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_schedule, rescale_zero_terminal_snr
 from ddpm.unet import UNet, UNetConfig
@@ -99,6 +100,7 @@ def load_diffusers(
     variant: str | None = None,
     scheduler_class: str | None = None,
     ema: bool | None = None,
+    weights: Path | None = None,
 ) -> Checkpoint:
     """Load a directory.
 
@@ -108,6 +110,7 @@ def load_diffusers(
         variant: of the weight files, such as "fp16"; by default only the unsuffixed files are looked at.
         scheduler_class: read the scheduler's configuration as this class, whatever class wrote it.
         ema: take unet_ema/ (the default where a training script's checkpoint has it) or unet/.
+        weights: this file of the directory, and no other.
 
     Raises:
         ValueError: a file is missing, damaged or describes something that is not supported.
@@ -115,7 +118,7 @@ def load_diffusers(
     report = Report()
     if variant:
         report.given.append(f"variant = {variant}")
-    unet_directory = _unet_directory(directory, ema, report)
+    unet_directory = directory if weights else _unet_directory(directory, ema, report)
     settings = _settings(unet_directory / "config.json", UNET_DEFAULTS, report, "unet")
     config = _unet_config(settings, unet_directory / "config.json", report)
     try:
@@ -123,7 +126,11 @@ def load_diffusers(
             network = UNet(config)
     except ValueError as error:
         raise ValueError(f"{unet_directory / 'config.json'} describes no network: {error}") from error
-    state, weights_path = _read_weights(unet_directory, variant, report)
+    if weights and "-of-" not in weights.name:  # one shard stands for all of them
+        report.found.append(f"weights: {weights}")
+        state, weights_path = read_tensors(weights), weights
+    else:
+        state, weights_path = _read_weights(unet_directory, variant, report)
     load_weights(network, _modern_keys(state, report), weights_path)
     if unet_directory.name != "unet_ema" and ema is None:
         report.inferred.append("weights are used as stored: a training script that keeps an EMA saves that one here")
@@ -147,6 +154,8 @@ def load_diffusers(
 
 def _unet_directory(directory: Path, ema: bool | None, report: Report) -> Path:
     """unet_ema/ before unet/, unless the caller says otherwise; else the directory itself."""
+    if ema is not None:
+        boolean("ema", ema)
     averaged = directory / "unet_ema"
     if averaged.is_dir() and ema is not False:
         report.inferred.append("averaged (EMA) weights, from unet_ema/; ema=False takes unet/")
@@ -298,10 +307,7 @@ def _modern_keys(state: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
 
 
 def _scheduler(directory: Path, chosen: str | None, report: Report) -> tuple[NoiseSchedule, SamplingRules]:
-    path = _component(directory, "scheduler") / "scheduler_config.json"
-    of_run = directory.parent / "scheduler" / "scheduler_config.json"
-    if not path.is_file() and directory.name.startswith("checkpoint-") and of_run.is_file():
-        path = of_run  # the training script saves it once, beside its checkpoints
+    path = _scheduler_file(directory)
     if path.is_file():
         settings = _settings(path, SCHEDULER_DEFAULTS, report, "scheduler")
         name = chosen or _scheduler_class(directory, path, report)
@@ -320,9 +326,21 @@ def _scheduler(directory: Path, chosen: str | None, report: Report) -> tuple[Noi
     return _schedule(settings, path), _rules(settings, path, SCHEDULERS[name])
 
 
+def _scheduler_file(directory: Path) -> Path:
+    """In the pipeline; or, for a component or a training script's checkpoint-N/, in the pipeline around it."""
+    inside = _component(directory, "scheduler") / "scheduler_config.json"
+    root = directory
+    while not inside.is_file() and (root.name in ("unet", "unet_ema") or root.name.startswith("checkpoint-")):
+        root = root.parent
+        inside = root / "scheduler" / "scheduler_config.json"
+    return inside
+
+
 def _scheduler_class(directory: Path, path: Path, report: Report) -> str:
     """model_index.json decides in a pipeline; else the class that wrote the configuration."""
     index = directory / "model_index.json"
+    if path.parent.name == "scheduler":
+        index = path.parent.parent / "model_index.json"
     entries: Iterable[Any] = read_json(index).get("scheduler", ()) if index.is_file() else ()
     name = [*entries][1] if len([*entries]) == 2 else read_json(path).get("_class_name")
     if name is None:
@@ -350,6 +368,8 @@ def _schedule(s: dict[str, Any], path: Path) -> NoiseSchedule:
 
 
 def _rules(s: dict[str, Any], path: Path, sampler: str = "ddpm") -> SamplingRules:
+    if sampler == "ddim" and s["variance_type"] == "fixed_large_log":
+        s = s | {"variance_type": "fixed_large"}  # not a setting of DDIMScheduler; see SamplingRules for the other one
     try:
         return SamplingRules(
             sampler=sampler,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start.startswith((b"PK", b"\x80")):  # zip, or a pickle of protocol 2 and later
+        text = start.decode("ascii", errors="replace").split("\n")[0]
+        raise ValueError(
+            f"{path} is not a complete file of torch.save (it begins with {text!r}); copy or download it again"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -99,7 +107,8 @@ def _read_pickle(path: Path) -> Any:
         raise ValueError(
             f"{path} is not a complete file of torch.save ({_first_line(error)}); copy it again"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    # what is left are bytes that are no such file at all: torch's unpickler stumbles over them in many ways
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(
             f"{path} is not a complete file of torch.save ({_first_line(error)}); copy it again"
         ) from error

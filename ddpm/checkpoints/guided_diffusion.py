@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
 from ddpm.checkpoints.files import load_weights
+from ddpm.checkpoints.options import boolean, one_of, positive_integer
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_table
+from ddpm.timesteps import is_integer
 from ddpm.unet import UNet, UNetConfig
 
 SIGNATURE = "input_blocks.0.0.weight"
@@ -198,7 +200,7 @@ def _resolve(
             f"unknown option {', '.join(unknown)}; a guided-diffusion checkpoint takes {', '.join(sorted(known))}"
         )
     for name, found in shapes.flags().items():
-        if name in given and (list(given[name]) if name == "channel_mult" else given[name]) != found:
+        if name in given and (_multipliers(given[name]) if name == "channel_mult" else given[name]) != found:
             raise ValueError(f"{path} has {name}={found}, but {name}={given[name]!r} was given; leave it out")
     report.inferred.extend(f"{name} = {value}" for name, value in shapes.flags().items())
     flags: dict[str, Any] = {}
@@ -225,21 +227,32 @@ def _resolve(
     assumed = {name: value for name, value in DEFAULTS.items() if name not in flags}
     report.assumed.extend(f"{name} = {value}" for name, value in assumed.items())
     flags = assumed | flags
-    if flags["noise_schedule"] not in ("linear", "cosine"):
-        raise ValueError(f"noise_schedule {flags['noise_schedule']!r} is not one of linear, cosine")
+    one_of("noise_schedule", flags["noise_schedule"], ("linear", "cosine"))
     for name in ("image_size", "diffusion_steps"):
-        if not isinstance(flags[name], int) or flags[name] < 1:
-            raise ValueError(f"{name} must be a positive integer; got {flags[name]!r}")
+        positive_integer(name, flags[name])
+    for name in ("rescale_timesteps", "use_new_attention_order", *DEFAULTS):
+        if name in flags:
+            boolean(name, flags[name])
     if flags.get("num_head_channels") in (-1, None):  # the original's "not set": the number of heads counts
         flags["num_head_channels"] = None
     else:
         flags["num_heads"] = None
-    for width in {w for w, used in zip(shapes.widths, shapes.attention, strict=True) if used}:
-        heads = flags.get("num_heads") or flags.get("num_head_channels")
-        if not isinstance(heads, int) or heads < 1 or width % heads:
+    attended = {w for w, used in zip(shapes.widths, shapes.attention, strict=True) if used}
+    for width in attended | ({shapes.widths[-1]} if shapes.mid_attention else set()):
+        heads: Any = flags.get("num_heads") or flags.get("num_head_channels")
+        if not is_integer(heads) or heads < 1 or width % heads:
             name = "num_heads" if flags.get("num_heads") else "num_head_channels"
             raise ValueError(f"{name}={heads!r} does not divide an attention of {width} channels in {path}")
     return flags
+
+
+def _multipliers(value: Any) -> list[float] | Any:
+    """channel_mult as the original takes it: "1,2,4" or a sequence."""
+    try:
+        parts = value.split(",") if isinstance(value, str) else value
+        return [float(part) for part in parts]
+    except (TypeError, ValueError):
+        return value
 
 
 def infer_shapes(state: dict[str, Tensor], path: Path) -> Shapes:
@@ -259,6 +272,12 @@ def infer_shapes(state: dict[str, Tensor], path: Path) -> Shapes:
 
     if "encoder_pool.0.weight" in state or "out.2.weight" not in state or not blocks("output_blocks"):
         raise ValueError(f"{path} is a classifier or a part of a network of guided-diffusion, not a sampler's U-Net")
+
+    def shape(key: str) -> torch.Size:
+        if key not in state:
+            raise ValueError(f"{path} lacks {key}; it is not a complete network of guided-diffusion")
+        return state[key].shape
+
     down, up = blocks("input_blocks"), blocks("output_blocks")
     upsamplers = [
         {k.split(".")[0] for k in names if re.fullmatch(r"[1-9]\.(conv|in_layers\.0)\.weight", k)} for names in up
@@ -268,20 +287,19 @@ def infer_shapes(state: dict[str, Tensor], path: Path) -> Shapes:
         raise ValueError(f"{path} has {len(down)} input and {len(up)} output blocks, which form no U-Net")
     per_level = len(up) // levels  # num_res_blocks + 1
     first = [1 + level * per_level for level in range(levels)]
-    widths = [state[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in first]
-    projection = state["input_blocks.1.0.emb_layers.1.weight"]
+    widths = [shape(f"input_blocks.{i}.0.out_layers.3.weight")[0] for i in first]
     label = state.get("label_emb.weight")
     return Shapes(
-        num_channels=state["time_embed.0.weight"].shape[1],
-        embedding_dim=state["time_embed.2.weight"].shape[0],
+        num_channels=shape("time_embed.0.weight")[1],
+        embedding_dim=shape("time_embed.2.weight")[0],
         in_channels=state[SIGNATURE].shape[1],
-        out_channels=state["out.2.weight"].shape[0],
+        out_channels=shape("out.2.weight")[0],
         widths=tuple(widths),
         num_res_blocks=per_level - 1,
         attention=tuple("1.qkv.weight" in down[i] for i in first),
         mid_attention="middle_block.1.qkv.weight" in state,
         resblock_updown=levels > 1 and "0.in_layers.0.weight" in down[per_level],
-        use_scale_shift_norm=projection.shape[0] == 2 * widths[0],
+        use_scale_shift_norm=shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0],
         num_classes=None if label is None else label.shape[0],
     )
 

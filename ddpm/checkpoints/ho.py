@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
-from ddpm.checkpoints.files import load_weights
+from ddpm.checkpoints.files import is_state_dict, load_weights
+from ddpm.checkpoints.options import one_of, positive_integer
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_table
 from ddpm.unet import UNet, UNetConfig
 
 SIGNATURE = "temb.dense.0.weight"
-# (widths / width of the first level) -> name, image size, variance that the original samples with.
-PUBLISHED: dict[tuple[int, ...], tuple[str, int, str]] = {
-    (1, 2, 2, 2): ("cifar10", 32, "fixed_large"),
-    (1, 2, 2, 2, 4): ("celeba (64 x 64)", 64, "fixed_large"),
-    (1, 1, 2, 2, 4, 4): ("lsun_bedroom, lsun_cat, lsun_church", 256, "fixed_small"),
+# Number of parameters -> name, image size, variance that the original samples with.
+PUBLISHED: dict[int, tuple[str, int, str]] = {
+    35_746_307: ("cifar10", 32, "fixed_large"),
+    78_700_803: ("celeba (64 x 64)", 64, "fixed_large"),
+    113_673_219: ("lsun_bedroom, lsun_cat, lsun_church", 256, "fixed_small"),
 }
 _MODULES = (
     (r"temb\.dense\.0", "time_embedding.linear_1"),
@@ -47,9 +48,11 @@ def weights_of_list(content: list[Any], path: Path, *, ema: bool = True) -> tupl
     Raises:
         ValueError: it is not such a list, or has no averaged weights and they were asked for.
     """
-    if not content or not isinstance(content[0], dict) or len(content) not in (4, 5):
+    chosen = content[-1] if ema and len(content) == 5 else content[0] if content else None
+    if len(content) not in (4, 5) or not is_state_dict(chosen):
         raise ValueError(
-            f"{path} holds a list of {len(content)}; expected ermongroup/ddim's [model, optimizer, epoch, step(, ema)]"
+            f"{path} holds a list of {len(content)}; expected ermongroup/ddim's [model, optimizer, epoch, step(, ema)] "
+            "with state dicts of tensors"
         )
     if ema and len(content) == 5:
         return content[-1], "averaged (EMA) weights, the list's last entry; ema=False takes the raw ones"
@@ -85,26 +88,26 @@ def load_ho(
     """
     report = Report()
     report.found.append(f"weights: {path}")
-    if sampling_code not in ("pytorch_diffusion", "ermongroup"):
-        raise ValueError(f"sampling_code {sampling_code!r} is not one of pytorch_diffusion, ermongroup")
+    given = {"image_size": image_size, "variance_type": variance_type}
     widths = _widths(state, path)
-    multipliers = tuple(w // widths[0] for w in widths)
-    published = PUBLISHED.get(multipliers)
-    if published:
-        name, size, variance = published
-        report.inferred.append(
-            f"channel multipliers {', '.join(map(str, multipliers))} are those of {name}: image_size = {size}, "
-            f"variance_type = {variance}"
-        )
+    parameters = sum(v.numel() for k, v in state.items() if k != "logvar")
+    if parameters in PUBLISHED:
+        name, size, variance = PUBLISHED[parameters]
         image_size, variance_type = image_size or size, variance_type or variance
+        report.inferred.append(
+            f"recognised by its {parameters:,} parameters as {name}: image_size = {size}, variance_type = {variance}"
+        )
     if image_size is None or variance_type is None:
         raise ValueError(
-            f"{path} is no published network (channel multipliers {multipliers}); pass image_size= and variance_type="
+            f"{path} ({parameters:,} parameters) is no published network; pass image_size= and variance_type="
         )
-    if variance_type not in ("fixed_small", "fixed_large"):
-        raise ValueError(f"variance_type {variance_type!r} is not one of fixed_small, fixed_large")
+    report.given.extend(f"{option} = {value}" for option, value in given.items() if value is not None)
+    positive_integer("image_size", image_size)
+    positive_integer("num_train_timesteps", num_train_timesteps)
+    one_of("variance_type", variance_type, ("fixed_small", "fixed_large"))
+    one_of("sampling_code", sampling_code, ("pytorch_diffusion", "ermongroup"))
     report.inferred.append(which or _which(path))
-    report.assumed.append(f"linear betas 1e-4 .. 0.02, T {num_train_timesteps}, as all published networks have")
+    report.assumed.append(f"linear betas 1e-4 .. 0.02, T {num_train_timesteps} (published networks: 1000)")
     report.assumed.append(f"sampled as {sampling_code} does")
     levels = len(widths)
     attention = tuple(f"down.{level}.attn.0.q.weight" in state for level in range(levels))
@@ -138,7 +141,8 @@ def load_ho(
     ermongroup = sampling_code == "ermongroup"
     rules = SamplingRules(
         convention=sampling_code,
-        variance_type=variance_type,
+        sampler="ddim" if ermongroup else "ddpm",
+        variance_type="fixed_large" if ermongroup else variance_type,  # that code knows no other
         timestep_spacing="uniform" if ermongroup else "sections",
         ddim_spacing="uniform",
         ddim_clip="none",

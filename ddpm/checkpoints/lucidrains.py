@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
-from ddpm.checkpoints.files import is_state_dict, load_weights
-from ddpm.checkpoints.lucidrains_keys import has_old_keys, modern_keys, numerics
+from ddpm.checkpoints.files import load_weights
+from ddpm.checkpoints.lucidrains_keys import WRAPPED, has_old_keys, modern_keys, numerics, version_number
+from ddpm.checkpoints.options import boolean, one_of, positive_integer
 from ddpm.lucidrains import LucidrainsConfig, LucidrainsUNet
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_table
@@ -30,24 +31,39 @@ SIBLINGS = {
 }
 
 
+def is_trainer_file(content: Any) -> bool:
+    """Whether it is a dict of the package's Trainer: its entry "model" or "ema" holds such a U-Net."""
+    entries = [content.get(name) for name in ("model", "ema")] if isinstance(content, dict) else []
+    return any(isinstance(e, dict) and any(str(key).endswith(SIGNATURE) for key in e) for e in entries)
+
+
+def of_ema_wrapper(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The state dict of ema-pytorch's EMA, which holds both sets of weights, as a Trainer's file would have it."""
+    raw = {k.removeprefix("online_model."): v for k, v in state.items() if k.startswith("online_model.")}
+    return {"model": raw, "ema": state}
+
+
 def trainer_weights(content: dict[str, Any], path: Path, *, ema: bool = True) -> tuple[dict[str, Tensor], str]:
     """(state dict, which it is) of a file that the package's Trainer saved.
 
     Raises:
-        ValueError: it has no averaged weights, and they were asked for.
+        ValueError: it has no such weights.
     """
+    boolean("ema", ema)
     name = "ema" if ema else "model"
     state = content.get(name)
-    if not isinstance(state, dict):
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if ema:
+        averaged = {k.removeprefix("ema_model."): v for k, v in tensors.items() if k.startswith("ema_model.")}
+        tensors = averaged or tensors
+    if not any(key.endswith(SIGNATURE) for key in tensors):
         raise ValueError(
-            f"{path} has no {name!r} entry with weights; found {', '.join(map(str, content))}; "
+            f"{path} has no {name!r} entry with the weights of a U-Net; found {', '.join(map(str, content))}; "
             f"pass ema={not ema} if the other ones will do"
         )
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     if not ema:
         return tensors, "raw weights, as ema=False asks"
-    averaged = {k.removeprefix("ema_model."): v for k, v in tensors.items() if k.startswith("ema_model.")}
-    return averaged or tensors, "averaged (EMA) weights, which the package itself samples from; ema=False takes the raw"
+    return tensors, "averaged (EMA) weights, which the package itself samples from; ema=False takes the raw"
 
 
 def load_lucidrains(
@@ -85,6 +101,11 @@ def load_lucidrains(
     report = Report()
     report.found.append(f"weights: {path}")
     report.inferred.append(which)
+    for name, value in (("attention_heads", attention_heads), ("norm_groups", norm_groups)):
+        if value is not None:
+            positive_integer(name, value)
+    if version is not None and not isinstance(version, str):
+        raise ValueError(f"version must be text, such as '1.6.4'; got {version!r}")
     for pattern, what in SIBLINGS.items():
         if any(re.search(pattern, key) for key in state):
             raise ValueError(f"{path} is {what} of denoising-diffusion-pytorch, which is not supported")
@@ -115,9 +136,9 @@ def load_lucidrains(
     load_weights(network, modern_keys(unet, version), path, "it is not a complete U-Net of denoising-diffusion-pytorch")
     if image_size is None:
         raise ValueError(f"{path} does not say how large its images are; pass image_size=")
-    if image_size < 1 or image_size % config.resolution_divisor:
+    if positive_integer("image_size", image_size) % config.resolution_divisor:
         raise ValueError(
-            f"image_size={image_size} must be a positive multiple of {config.resolution_divisor} for {path}, which has "
+            f"image_size={image_size} must be a multiple of {config.resolution_divisor} for {path}, which has "
             f"{len(config.dim_mults)} levels"
         )
     report.given.append(f"image_size = {image_size}")
@@ -136,9 +157,10 @@ def infer_config(
         old_version: of a state dict before 1.8, else None.
         heads: of every attention, where no memory tells them; None means 4 where 4 of 32 fit.
     """
-    plain = {re.sub(r"^(downs\.\d+\.2|ups\.\d+\.2|mid_attn)\.fn\.(fn\.)?", r"\1.", key): v for key, v in unet.items()}
+    plain = {WRAPPED.sub(r"\1.", key): v for key, v in unet.items()}
     levels = len({key.split(".")[1] for key in plain if key.startswith("downs.")})
-    needed = ("time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight", "downs.0.2.to_qkv.weight")
+    needed = ["time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight"]
+    needed += [f"downs.{level}.2.to_qkv.weight" for level in range(levels)]
     if lacking := [key for key in needed if key not in plain]:
         raise ValueError(f"{path} lacks {lacking[0]}; expected a U-Net of denoising-diffusion-pytorch 0.32 or later")
     if levels > 1 and "downs.0.3.1.weight" not in plain:
@@ -154,6 +176,8 @@ def infer_config(
             "learned variance, twice that: it may be of another class, such as WeightedObjectiveGaussianDiffusion"
         )
     ends = [plain.get(f"downs.{i}.3.1.weight", plain.get(f"downs.{i}.3.weight")) for i in range(levels)]
+    if lacking := [str(i) for i, end in enumerate(ends) if end is None]:
+        raise ValueError(f"{path} lacks downs.{lacking[0]}.3, the end of a level; expected a complete U-Net")
     full, counts, widths, memory = [], [], [], 0
     for level in range(levels):
         full.append(f"downs.{level}.2.to_out.weight" in plain)
@@ -162,6 +186,8 @@ def infer_config(
         if mem_kv is not None:  # [2, heads, M, dim_head] (full) or [2, heads, dim_head, M] (linear)
             memory = mem_kv.shape[2 if full[-1] else 3]
             count = mem_kv.shape[1]
+            if heads not in (None, count):
+                raise ValueError(f"{path} has attentions of {count} heads, but attention_heads={heads} was given")
         elif heads is not None or inner == 128:
             count = heads or 4
         else:
@@ -175,7 +201,7 @@ def infer_config(
     group = "downs.0.0.block1.norm.weight" in plain
     kind = numerics(old_version) if old_version else None
     if group:
-        report.assumed.append(f"GroupNorm of {groups} groups (resnet_block_groups)")
+        report.assumed.append(f"GroupNorm of {groups} groups (resnet_block_groups), unless norm_groups was given")
     report.assumed.append("timestep features with theta 10000")
     report.inferred.append(
         f"{'GroupNorm' if group else 'RMSNorm'} blocks, {'4 memory' if memory == 4 else memory or 'no memory'} "
@@ -210,6 +236,7 @@ def _schedule(
                 f"{path} holds a U-Net without its noise schedule; pass beta_schedule= (linear, cosine or sigmoid) and "
                 "num_train_timesteps="
             )
+        positive_integer("num_train_timesteps", total)
         report.given.append(f"beta_schedule = {name}, num_train_timesteps = {total}")
         return NoiseSchedule.from_betas(beta_table(name, total))
     if name is not None or total not in (None, len(betas)):
@@ -233,10 +260,14 @@ def _rules(
     version: str | None,
     report: Report,
 ) -> SamplingRules:
+    if objective is not None:
+        one_of("objective", objective, tuple(OBJECTIVES))
     learned = config.out_channels == 2 * config.channels
     stored = None if learned else _objective(buffers, schedule)
     if learned:  # LearnedGaussianDiffusion predicts the noise, whatever its objective is called
-        objective = objective or "pred_noise"
+        if objective not in (None, "pred_noise"):
+            raise ValueError(f"{path} has a learned variance, which goes with pred_noise; got objective={objective!r}")
+        objective = "pred_noise"
         report.inferred.append("twice the channels: a learned variance, which goes with pred_noise")
     elif objective is None and stored is not None:
         objective = stored
@@ -250,12 +281,10 @@ def _rules(
         raise ValueError(f"objective={objective!r} was given, but the loss_weight in {path} is that of {stored}")
     else:
         report.given.append(f"objective = {objective}")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
-    number = _number(version)
+    number = None if version is None else version_number(version)
     # Before 1.4.2 the network's own noise was kept beside the clipped x_0; with a learned variance it still is.
     raw = learned or (objective == "pred_noise" and number is not None and number < (1, 4, 2))
-    eta = 1.0 if number is not None and number < (0, 34) else 0.0  # the default became 0 at 0.1.5
+    eta = 1.0 if number is not None and number < (0, 33, 1, 5) else 0.0  # the default became 0 at 0.1.5
     report.assumed.append(f"DDIM with eta {eta:g} for chains shorter than T, the package's default")
     return SamplingRules(
         convention="lucidrains",
@@ -279,18 +308,3 @@ def _objective(buffers: dict[str, Tensor], schedule: NoiseSchedule) -> str | Non
     candidates = {"pred_noise": torch.ones(()), "pred_x0": snr[i], "pred_v": snr[i] / (snr[i] + 1)}
     found = [name for name, value in candidates.items() if abs(float(weight[i] - value)) <= 1e-3 * float(value)]
     return found[0] if len(found) == 1 else None
-
-
-def _number(version: str | None) -> tuple[int, ...] | None:
-    """Comparable; those of the end of 2022 (1.16.6, then 0.1.0a to 0.2.2a) lie between 0.32 and 1.0."""
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
-    if match is None:
-        return None
-    number = tuple(int(part) for part in match.groups())
-    if number == (1, 16, 6) or (0, 1, 0) <= number < (0, 1, 5):
-        return (0, 33, 0)
-    return (0, 34, *number[1:]) if number[:2] in ((0, 1), (0, 2)) else number
-
-
-def is_trainer_file(content: Any) -> bool:
-    return isinstance(content, dict) and "model" in content and is_state_dict(content["model"])

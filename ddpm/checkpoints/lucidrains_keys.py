@@ -38,24 +38,36 @@ def has_old_keys(state: dict[str, Tensor]) -> bool:
     return any(WRAPPED.match(key) for key in state)
 
 
-def numerics(version: str) -> Numerics:
-    """What a version whose state dict `has_old_keys` computes.
+def version_number(version: str) -> tuple[int, ...]:
+    """The version as numbers that compare by date.
 
-    Version numbers went back once: 1.16.6 and 0.1.0a to 0.2.2a, of the end of 2022, lie between 0.32 and 1.0.
+    They went back once: 1.16.6, then 0.1.0a to 0.2.2a, of the end of 2022, lie between 0.32 and 1.0.
 
     Raises:
-        ValueError: not a version number, or one of 1.8 and later, where only other classes have such names.
+        ValueError: not a version number.
     """
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     if match is None:
         raise ValueError(f"version {version!r} of denoising-diffusion-pytorch is not a number such as 1.6.4")
     number = tuple(int(part) for part in match.groups())
-    if number >= (1, 8, 0) and number != (1, 16, 6):
+    if number == (1, 16, 6):
+        return (0, 33, 0)
+    return (0, 33, *number[1:]) if number[:2] in ((0, 1), (0, 2)) else number
+
+
+def numerics(version: str) -> Numerics:
+    """What a version whose state dict `has_old_keys` computes.
+
+    Raises:
+        ValueError: not a version number, or one of 1.8 and later, where only other classes have such names.
+    """
+    number = version_number(version)
+    if number >= (1, 8, 0):
         raise ValueError(
             "the names are those of denoising-diffusion-pytorch 0.32 to 1.7.7, but the version is "
             f"{version}, where only its guided_diffusion module has them, which is not supported"
         )
-    if number < (1, 7, 0) or number == (1, 16, 6):
+    if number < (1, 7, 0):
         return Numerics("eps", "layer", True)
     if number < (1, 7, 2):
         return Numerics("clamp" if number == (1, 7, 1) else "eps", "rms", True)

@@ -360,3 +360,24 @@ def test_as_a_module(checkpoint, out):
     assert result.returncode == 2
     assert result.stderr == "error: seeds '5-2': the range 5-2 runs backwards; write 2-5\n"
     assert not out.exists()
+
+
+def test_options_of_a_checkpoint():
+    from ddpm.cli import parse_labels, parse_options
+
+    assert parse_options(("image_size=64", "learn_sigma=true", "rescale_timesteps=False", "channel_mult=1,2")) == {
+        "image_size": 64,
+        "learn_sigma": True,
+        "rescale_timesteps": False,
+        "channel_mult": "1,2",
+    }
+    for text, sentence in (
+        ("image_size", "is not of the form NAME=VALUE"),
+        ("device=cpu", "device is not an option of"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            parse_options((text,))
+    assert parse_labels("3") == 3
+    assert parse_labels("0-2,2") == [0, 1, 2, 2]
+    with pytest.raises(ValueError, match="the range 9-0 runs backwards"):
+        parse_labels("9-0")

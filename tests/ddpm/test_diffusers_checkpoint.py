@@ -508,6 +508,27 @@ def test_averaged_weights_of_a_training_checkpoint(tmp_path):
     assert "averaged (EMA) weights, from unet_ema/; ema=False takes unet/" in checkpoint.report.inferred
     assert torch.equal(load_checkpoint(directory, ema=False).network.conv_in.weight, raw.conv_in.weight)
     with pytest.warns(UserWarning, match="holds raw weights; those in unet_ema/ beside it draw better images"):
-        load_checkpoint(directory / "unet")
+        raw_checkpoint = load_checkpoint(directory / "unet")
+    assert raw_checkpoint.schedule.num_train_timesteps == 77
+    # a file is that file, whatever lies beside it, with the scheduler of the run
+    for name, network in (("unet", raw), ("unet_ema", averaged)):
+        checkpoint = load_checkpoint(directory / name / WEIGHTS)
+        assert torch.equal(checkpoint.network.conv_in.weight, network.conv_in.weight)
+        assert checkpoint.schedule.num_train_timesteps == 77
     with pytest.raises(ValueError, match="has no unet_ema/, so ema=True has nothing to take"):
         load_checkpoint(directory / "unet_ema", ema=True)
+
+
+def test_a_variant_by_its_own_path(tmp_path):
+    plain, other = tiny_unet(0), tiny_unet(1)
+    plain.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path, variant="fp16")
+    checkpoint = load_checkpoint(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert torch.equal(checkpoint.network.conv_in.weight, other.conv_in.weight)
+
+
+def test_a_ddim_scheduler_has_no_variance_type(tmp_path):
+    pipe = save_tiny(tmp_path / "pipe")
+    edit(pipe / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    edit(pipe / "scheduler" / "scheduler_config.json", variance_type="fixed_large_log")
+    assert load_checkpoint(pipe).rules.sampler == "ddim"

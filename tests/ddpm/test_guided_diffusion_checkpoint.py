@@ -6,6 +6,7 @@ diffusers can express a network, `test_unet.py` covers the same graph against it
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,12 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path):
         ({"channel_mult": (1, 1)}, "has channel_mult="),
         ({"num_heads": 5}, "num_heads=5 does not divide an attention of 64 channels"),
         ({"noise_schedule": "sqrt"}, "noise_schedule 'sqrt' is not one of linear, cosine"),
+        ({"num_heads": "4"}, "num_heads='4' does not divide"),
+        ({"rescale_timesteps": "no"}, "rescale_timesteps must be True or False; got 'no'"),
+        ({"use_new_attention_order": "legacy"}, "use_new_attention_order must be True or False"),
+        ({"predict_xstart": 1}, "predict_xstart must be True or False; got 1"),
+        ({"channel_mult": 1}, "has channel_mult="),
+        ({"path": "x"}, "unknown option path"),
         ({"image_size": 9}, "image_size=9 must be a multiple of 2"),
         ({"image_size": "8"}, "image_size must be a positive integer"),
         ({"heads": 4}, "unknown option heads; a guided-diffusion checkpoint takes channel_mult, class_cond"),
@@ -313,6 +320,20 @@ def test_labels(tmp_path):
             draw(labels)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_the_label_path_and_the_conditioning_image_compile_as_one_graph(tmp_path):
+    model = MODELS["super-resolution"]
+    _, path = saved(tmp_path, model)
+    kwargs = inputs(model, 2, 8)
+    images = [
+        ddpm.load(path, device="cpu", compile=compiled, **flags(model)).sample(
+            2, seeds=[0, 1], steps="3", labels=kwargs["y"], low_res=kwargs["low_res"], progress=False
+        )
+        for compiled in (True, False)
+    ]
+    assert float((images[0] - images[1]).abs().max()) <= CHAIN
+
+
 def test_low_res(tmp_path):
     _, path = saved(tmp_path, {"in_channels": 6})
     sampler = ddpm.load(path, device="cpu", compile=False, **flags({"in_channels": 6}))
@@ -325,3 +346,44 @@ def test_low_res(tmp_path):
     ]:
         with pytest.raises(ValueError, match=sentence):
             sampler.sample(2, steps="3", low_res=low_res, progress=False)
+
+
+def test_channel_mult_may_be_given_as_the_original_writes_it(tmp_path):
+    _, path = saved(tmp_path, {})
+    for given in ("1,2", (1, 2), [1.0, 2.0]):
+        assert load_checkpoint(path, **flags({}), channel_mult=given).network.config.block_out_channels == (32, 64)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["input_blocks.1.0.out_layers.3.weight", "input_blocks.1.0.emb_layers.1.weight", "time_embed.0.weight",
+     "time_embed.2.weight"],
+)  # fmt: skip
+def test_keys_that_the_architecture_is_read_from(tmp_path, key):
+    network, path = saved(tmp_path, {})
+    torch.save({k: v for k, v in network.state_dict().items() if k != key}, path)
+    with pytest.raises(ValueError, match=f"lacks {key}; it is not a complete network"):
+        load_checkpoint(path, **flags({}))
+
+
+def test_attention_only_in_the_middle_is_checked_too(tmp_path):
+    _, path = saved(tmp_path, {"attention_ds": ()})
+    with pytest.raises(ValueError, match="num_heads=5 does not divide an attention of 64 channels"):
+        load_checkpoint(path, **flags({}, num_heads=5))
+
+
+def test_a_state_dict_inside_something_else(tmp_path):
+    network, path = saved(tmp_path, {})
+    for content in ({"model": network.state_dict(), "optimizer": {}}, {"model": network.state_dict(), "ema": {}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"holds dict with keys model, .*save the entry by itself"):
+            load_checkpoint(path, **flags({}))
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello world", b"<!DOCTYPE html>", b"version https://git-lfs", b".", b"\x80\x02.", b""]
+)
+def test_bytes_that_are_no_checkpoint(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.pt is not a complete file of torch\.save"):
+        load_checkpoint(tmp_path / "model.pt")

@@ -105,7 +105,7 @@ def test_ancestral_chains_as_ermongroup(tmp_path, steps, spacing):
     expected = original.ddpm_steps(theirs, torch.randn(2, 3, 8, 8), sequence, betas())
     after = torch.randn(3)
     options = GIVEN | {"sampling_code": "ermongroup"}
-    images, generator = sample(path, options, steps=steps, spacing=spacing)
+    images, generator = sample(path, options, sampler="ddpm", steps=steps, spacing=spacing)
     assert float((images - expected).abs().max()) <= CHAIN
     assert torch.equal(torch.randn(3, generator=generator), after)
 
@@ -147,6 +147,7 @@ def test_a_list_file_gives_averaged_weights_and_its_own_sampling(tmp_path):
     assert_forward(raw, path, 8, **GIVEN, ema=False)
     checkpoint = load_checkpoint(path, **GIVEN)
     assert checkpoint.rules.convention == "ermongroup"
+    assert checkpoint.rules.sampler == "ddim"  # that code's default
     assert checkpoint.uint8_rounding == "half_up"
     assert any("averaged (EMA) weights, the list's last entry" in line for line in checkpoint.report.inferred)
 
@@ -168,7 +169,9 @@ def test_raw_weights_beside_averaged_ones_are_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({}, r"is no published network \(channel multipliers \(1, 2\)\); pass image_size= and variance_type="),
+        ({}, r"\([\d,]+ parameters\) is no published network; pass image_size= and variance_type="),
+        (GIVEN | {"image_size": "8"}, "image_size must be a positive integer; got '8'"),
+        (GIVEN | {"num_train_timesteps": 0}, "num_train_timesteps must be a positive integer; got 0"),
         (GIVEN | {"image_size": 7}, "image_size=7 must be a multiple of 2"),
         (GIVEN | {"variance_type": "learned"}, "variance_type 'learned' is not one of fixed_small, fixed_large"),
         (GIVEN | {"sampling_code": "ddim"}, "sampling_code 'ddim' is not one of pytorch_diffusion, ermongroup"),
@@ -198,3 +201,18 @@ def test_missing_and_extra_keys_and_other_lists(tmp_path):
         load_checkpoint(path, **GIVEN)
     torch.save(state | {"logvar": torch.zeros(100)}, path)
     assert "logvar: not read in sampling" in load_checkpoint(path, **GIVEN).report.ignored
+    torch.save([state, {}, 1, 2, None], path)
+    with pytest.raises(ValueError, match="with state dicts of tensors"):
+        load_checkpoint(path, **GIVEN)
+
+
+def test_a_network_of_published_proportions_and_another_width_is_no_published_one(tmp_path):
+    _, path = saved(tmp_path, ch_mult=(1, 2, 2, 2))
+    with pytest.raises(ValueError, match="is no published network; pass image_size= and variance_type="):
+        load_checkpoint(path)
+
+
+def test_as_many_outputs_as_channels(tmp_path):
+    _, path = saved(tmp_path, out_ch=6)
+    with pytest.raises(ValueError, match="has 6 output channels, but images of 3 channels with variance fixed_small"):
+        load_checkpoint(path, **GIVEN)

@@ -184,21 +184,36 @@ def test_averaged_weights_by_default(tmp_path):
         options = {} if ema is None else {"ema": ema}
         loaded = load_checkpoint(path, image_size=8, **options)
         assert torch.equal(loaded.network.init_conv.weight, expected.init_conv.weight)
-    torch.save({"step": 1, "model": diffusion_state(raw)}, path)
-    with pytest.raises(ValueError, match=r"has no 'ema' entry with weights; found step, model; pass ema=False"):
-        load_checkpoint(path, image_size=8)
+    for damaged in ({}, {"ema": {}}, {"ema": {"step": torch.tensor(1)}}):
+        torch.save({"step": 1, "model": diffusion_state(raw)} | damaged, path)
+        with pytest.raises(ValueError, match=r"has no 'ema' entry with the weights of a U-Net; .*pass ema=False"):
+            load_checkpoint(path, image_size=8)
+    wrapper = state | {f"online_model.{k}": v for k, v in diffusion_state(raw).items()}
+    torch.save(dict(sorted(wrapper.items(), reverse=True)), path)
+    for ema, expected in ((True, averaged), (False, raw)):
+        loaded = load_checkpoint(path, image_size=8, ema=ema)
+        assert torch.equal(loaded.network.init_conv.weight, expected.init_conv.weight)
+    with pytest.raises(ValueError, match="ema must be True or False; got 'no'"):
+        load_checkpoint(path, image_size=8, ema="no")
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({}, "does not say how large its images are; pass image_size="),
-        ({"image_size": 7}, "image_size=7 must be a positive multiple of 2"),
+        ({"image_size": 7}, "image_size=7 must be a multiple of 2"),
         (
             {"image_size": 8, "objective": "pred_v"},
             "objective='pred_v' was given, but the loss_weight in .* pred_noise",
         ),
         ({"image_size": 8, "beta_schedule": "linear"}, "holds its own schedule of 50 betas; leave beta_schedule"),
+        ({"image_size": "8x8"}, "image_size must be a positive integer; got '8x8'"),
+        ({"image_size": 8, "version": 1.6}, r"version must be text, such as '1\.6\.4'; got 1\.6"),
+        ({"image_size": 8, "version": "new"}, "version 'new' of denoising-diffusion-pytorch is not a number"),
+        ({"image_size": 8, "attention_heads": "4"}, "attention_heads must be a positive integer"),
+        ({"image_size": 8, "attention_heads": 2}, "has attentions of 4 heads, but attention_heads=2 was given"),
+        ({"image_size": 8, "norm_groups": 0}, "norm_groups must be a positive integer"),
+        ({"image_size": 8, "objective": "noise"}, "objective 'noise' is not one of pred_noise"),
         ({"image_size": 8, "dim": 16}, "unknown option dim; a lucidrains checkpoint takes attention_heads"),
     ],
 )
@@ -236,3 +251,25 @@ def test_other_classes_are_refused_by_name(tmp_path, key, sentence):
     torch.save(diffusion_state(network()) | {key: torch.zeros(1)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=sentence):
         load_checkpoint(tmp_path / "model.pt", image_size=8)
+
+
+@pytest.mark.parametrize("key", ["model.downs.1.2.to_qkv.weight", "model.downs.1.3.weight", "model.time_mlp.1.weight"])
+def test_missing_keys_are_named(tmp_path, key):
+    torch.save({k: v for k, v in diffusion_state(network()).items() if k != key}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=rf"lacks {key.removeprefix('model.').removesuffix('.weight')}"):
+        load_checkpoint(tmp_path / "model.pt", image_size=8)
+
+
+def test_other_numbers_of_output_channels(tmp_path):
+    torch.save(diffusion_state(network(out_channels=8)), tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=r"has 8 output channels for images of 3; .*WeightedObjectiveGaussianDiffusion"
+    ):
+        load_checkpoint(tmp_path / "model.pt", image_size=8)
+
+
+def test_a_learned_variance_goes_with_the_noise(tmp_path):
+    torch.save(diffusion_state(network(out_channels=6)), tmp_path / "model.pt")
+    assert load_checkpoint(tmp_path / "model.pt", image_size=8).rules.prediction_type == "epsilon"
+    with pytest.raises(ValueError, match="has a learned variance, which goes with pred_noise; got objective='pred_v'"):
+        load_checkpoint(tmp_path / "model.pt", image_size=8, objective="pred_v")

@@ -1,0 +1,40 @@
+"""Checks of the settings that a caller gives because a file does not hold them; each error names the option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddpm.timesteps import is_integer
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """The value as int.
+
+    Raises:
+        ValueError: no positive integer.
+    """
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    return int(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """The value, which must be True or False: any text would count as true.
+
+    Raises:
+        ValueError: neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+    return value
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """The value, one of `allowed`.
+
+    Raises:
+        ValueError: another.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+    return value
