@@ -39,8 +39,8 @@ def ancestral_row(a: Tensor, p: Tensor, rules: SamplingRules, *, noisy: bool) ->
     Returns:
         float32 [len(COLUMNS)].
     """
-    family = {"diffusers": _scheduler_ancestral, "ermongroup": _ermongroup_ancestral}
-    row = family.get(rules.convention, _table_ancestral)(a, p, rules, noisy)
+    ancestral = _scheduler_ancestral if rules.convention == "diffusers" else _table_ancestral
+    row = ancestral(a, p, rules, noisy)
     return _as_row(row | {"clip": torch.tensor(rules.clip_range)})
 
 
@@ -55,7 +55,7 @@ def _scheduler_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool
     alpha = a / p
     beta = 1 - alpha
     variance = torch.clamp(q / b * beta, min=1e-20)
-    row = scheduler_prediction(a, b, rules.prediction_type)
+    row = _prediction(a, rules.prediction_type, divides=True)
     row |= {"c0": (p**0.5 * beta) / b, "cx": alpha**0.5 * q / b}
     if rules.learned_variance:
         return row | {"s": torch.tensor(float(noisy)), "log_min": variance.log(), "log_max": beta.log()}
@@ -69,11 +69,11 @@ def _scheduler_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool
 
 
 def _table_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool) -> dict[str, Tensor]:
-    """OpenAI's, pytorch_diffusion's and lucidrains' tables: float64, rounded to float32, then the logarithm's exp."""
+    """The others' tables, in the schedule's precision (float32 for ermongroup/ddim), rounded to float32, then exp."""
     b, q = 1 - a, 1 - p
     beta = 1 - a / p
     log_beta, log_variance = beta.log().float(), (q / b * beta).clamp(min=1e-20).log().float()
-    row = table_prediction(a, rules.prediction_type)
+    row = _prediction(a, rules.prediction_type, divides=False)
     row |= {"c0": beta * p.sqrt() / b, "cx": q * (1 - beta).sqrt() / b}
     if rules.learned_variance:
         return row | {"s": torch.tensor(float(noisy)), "log_min": log_variance, "log_max": log_beta}
@@ -82,37 +82,20 @@ def _table_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool) ->
     return row
 
 
-def _ermongroup_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool) -> dict[str, Tensor]:
-    """ermongroup/ddim's "ddpm_noisy": float32; the variance is the large one whatever the network was trained with."""
-    b, beta = 1 - a, 1 - a / p
-    return {
-        "kx": (1 / a).sqrt(),
-        "ke": -(1 / a - 1).sqrt(),
-        "kd": torch.tensor(1.0),
-        "c0": p.sqrt() * beta / b,
-        "cx": (1 - beta).sqrt() * (1 - p) / b,
-        "s": torch.exp(0.5 * beta.log()) if noisy else torch.tensor(0.0),
-    }
+def _prediction(a: Tensor, prediction_type: str, *, divides: bool) -> dict[str, Tensor]:
+    """kx, ke, kd such that x_0 = (kx x_t + ke out) / kd.
 
-
-def scheduler_prediction(a: Tensor, b: Tensor, prediction_type: str) -> dict[str, Tensor]:
-    """kx, ke, kd such that x_0 = (kx x_t + ke out) / kd, as diffusers divides: right at a = 0 too (+-inf, clipped)."""
+    Args:
+        divides: of epsilon, as diffusers does it: right at a = 0 too (+-inf, clipped). Else with reciprocals.
+    """
     zero, one = torch.tensor(0.0), torch.tensor(1.0)
-    if prediction_type == "epsilon":
-        return {"kx": one, "ke": -(b**0.5), "kd": a**0.5}
     if prediction_type == "sample":
         return {"kx": zero, "ke": one, "kd": one}
-    return {"kx": a**0.5, "ke": -(b**0.5), "kd": one}
-
-
-def table_prediction(a: Tensor, prediction_type: str) -> dict[str, Tensor]:
-    """The same with reciprocals, as the float64 tables have it."""
-    zero, one = torch.tensor(0.0), torch.tensor(1.0)
-    if prediction_type == "epsilon":
-        return {"kx": (1 / a).sqrt(), "ke": -(1 / a - 1).sqrt(), "kd": one}
-    if prediction_type == "sample":
-        return {"kx": zero, "ke": one, "kd": one}
-    return {"kx": a.sqrt(), "ke": -(1 - a).sqrt(), "kd": one}
+    if prediction_type == "v_prediction":
+        return {"kx": a.sqrt(), "ke": -(1 - a).sqrt(), "kd": one}
+    if divides:
+        return {"kx": one, "ke": -(1 - a).sqrt(), "kd": a.sqrt()}
+    return {"kx": (1 / a).sqrt(), "ke": -(1 / a - 1).sqrt(), "kd": one}
 
 
 def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
@@ -128,9 +111,9 @@ def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
         float32 [len(COLUMNS)].
     """
     if rules.convention in ("diffusers", "pytorch_diffusion", "ermongroup"):  # the second samples with the third's code
-        row = scheduler_prediction(a.float(), 1 - a.float(), rules.prediction_type)
+        row = _prediction(a.float(), rules.prediction_type, divides=True)
     else:
-        row = table_prediction(a, rules.prediction_type)
+        row = _prediction(a, rules.prediction_type, divides=False)
     # In float32 as every family has it: where eta is 1 and t small, sigma^2 nearly cancels 1 - p.
     a, p = a.float(), p.float()
     sigma = rules.eta * ((1 - p) / (1 - a) * (1 - a / p)).clamp(min=0).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ddpm.checks import one_of
 from ddpm.schedule import PREDICTION_TYPES
 from ddpm.timesteps import SPACINGS
 
@@ -73,18 +74,17 @@ class SamplingRules:
         for name, allowed in (
             ("convention", CONVENTIONS),
             ("sampler", SAMPLERS),
-            ("short_sampler", (None, *SAMPLERS)),
+            ("short_sampler", SAMPLERS),
             ("prediction_type", PREDICTION_TYPES),
             ("variance_type", VARIANCE_TYPES),
             ("clip", CLIPS),
             ("timestep_spacing", SPACINGS),
-            ("ddim_spacing", (None, *SPACINGS)),
-            ("ddim_clip", (None, *CLIPS)),
+            ("ddim_spacing", SPACINGS),
+            ("ddim_clip", CLIPS),
             ("ddim_epsilon", DDIM_EPSILONS),
         ):
-            if getattr(self, name) not in allowed:
-                names = ", ".join(value for value in allowed if value)
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {names}")
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), allowed)
         number = isinstance(self.eta, (int, float)) and not isinstance(self.eta, bool)
         if not number or not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be a number from 0 (deterministic) to 1 (as noisy as DDPM); got {self.eta!r}")

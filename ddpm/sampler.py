@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from ddpm import noise as noise_sources
 from ddpm.checkpoints import Checkpoint, load_checkpoint
+from ddpm.checks import positive_integer
 from ddpm.conditioning import check_low_res, embed_labels
 from ddpm.devices import DTYPES, available_memory, resolve_device, resolve_dtype
 from ddpm.fused import fuse
@@ -19,7 +20,6 @@ from ddpm.loop import ChainShape, Loop
 from ddpm.noise import GeneratorNoise
 from ddpm.run import Batch, Callback, NonFiniteError, Run
 from ddpm.steps import step_table
-from ddpm.timesteps import is_integer
 
 logger = logging.getLogger("ddpm")
 
@@ -200,9 +200,9 @@ class Sampler:
                 raise ValueError(f"sample() has no argument {name!r}")
             if value is not None:
                 raise ValueError(f"{name}={value!r} is not supported yet: this version samples without it")
-        _check_count("n", n)
+        positive_integer("n", n)
         if batch_size is not None:
-            _check_count("batch_size", batch_size)
+            positive_integer("batch_size", batch_size)
         if seeds is not None and generator is not None:
             raise ValueError("give either seeds or a generator, not both: each defines all of the noise")
         if noise is not None and not isinstance(noise, Tensor):
@@ -281,11 +281,6 @@ class Sampler:
         layers = self._network.explain(self.device)
         width = max(len(layer.layer) for layer in layers)
         return "\n".join(lines + [f"{layer.layer:<{width}}  {layer.path}" for layer in layers])
-
-
-def _check_count(name: str, value: int) -> None:
-    if not is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 
 def _concatenate(batches: list[Tensor], image_shape: tuple[int, int, int]) -> Tensor:

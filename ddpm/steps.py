@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm.checks import is_integer, one_of
 from ddpm.coefficients import ancestral_row, ddim_row
 from ddpm.rules import SAMPLERS, SamplingRules
 from ddpm.schedule import NoiseSchedule
-from ddpm.timesteps import DIFFUSERS_SPACINGS, check_timesteps, is_integer, respaced_timesteps, spaced_timesteps
+from ddpm.timesteps import DIFFUSERS_SPACINGS, check_timesteps, respaced_timesteps, spaced_timesteps
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def step_table(
         raise ValueError("give either timesteps or steps and spacing, not both")
     if isinstance(steps, str) and spacing is not None:
         raise ValueError(f"steps={steps!r} is a respacing string, which spaces by itself; leave spacing out")
-    if sampler not in (None, *SAMPLERS):
-        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    if sampler is not None:
+        one_of("sampler", sampler, SAMPLERS)
     chain: list[int] | None = None
     if timesteps is not None:
         chain = check_timesteps(timesteps, total)
@@ -105,15 +106,16 @@ def step_table(
         if sampler == "ddim" and rules.convention == "diffusers" and spacing in DIFFUSERS_SPACINGS:
             lag = total // count
 
-    draws = [_draws(rules, t, last=i + 1 == len(chain)) for i, t in enumerate(chain)]
-    rows = []
-    for i, t in enumerate(chain):
+    rows, draws = [], []
+    for i, (t, following) in enumerate(zip(chain, [*chain[1:], -1], strict=True)):
+        last = i + 1 == len(chain)
         a = schedule.alphas_cumprod[t]
-        p = _alpha_bar_after(schedule, rules, t - lag if lag else chain[i + 1] if i + 1 < len(chain) else -1)
+        p = _alpha_bar_after(schedule, rules, t - lag if lag else following)
         if sampler == "ddim":
             rows.append(ddim_row(a, p, rules))
         else:
-            rows.append(ancestral_row(a, p, rules, noisy=_adds_noise(rules, t, last=i + 1 == len(chain))))
+            rows.append(ancestral_row(a, p, rules, noisy=_adds_noise(rules, t, last=last)))
+        draws.append(_draws(rules, t, last=last))
     told = torch.tensor(chain)
     if rules.rescale_timesteps:
         told = told.float() * (1000.0 / total)

@@ -9,10 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def is_integer(value: object) -> bool:
-    """Whether a count may be this: Python's and NumPy's integers, but no bool."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+from ddpm.checks import is_integer, one_of
 
 
 def spaced_timesteps(num_train_timesteps: int, steps: int, spacing: str, offset: int = 0) -> list[int]:
@@ -45,8 +42,7 @@ def spaced_timesteps(num_train_timesteps: int, steps: int, spacing: str, offset:
         raise ValueError(
             f"steps must be an integer from 1 to {total}, the checkpoint's training timesteps; got {steps!r}"
         )
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
+    one_of("spacing", spacing, SPACINGS)
     ascending = [int(t) + (offset if spacing == "leading" else 0) for t in _ASCENDING[spacing](total, steps)]
     if ascending[-1] >= total:
         raise ValueError(

@@ -9,6 +9,9 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from ddpm.checkpoints.checkpoint import Network
+from ddpm.fused import fuse
+from tests.tolerances import FORWARD
 from tests.weights import redraw
 
 # Small enough that a forward takes milliseconds; attention on the lower level and in the middle.
@@ -98,6 +101,21 @@ def stock_images(pipe: DDPMPipeline, n: int, generator: Any, **options: Any) -> 
         del pipe.scheduler.step
     torch.testing.assert_close(images, (last[0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=0)
     return last[0]
+
+
+def assert_same_output(
+    network: Network,
+    x: Tensor,
+    t: float,
+    expected: Tensor,
+    labels: Tensor | None = None,
+    condition: Tensor | None = None,
+) -> None:
+    """Assert that the reference network and its fused form give `expected` at timestep t."""
+    fused = fuse(network)
+    classes = None if labels is None else network.embed_classes(labels)
+    assert relative_difference(network(x, t, labels, condition), expected) <= FORWARD
+    assert relative_difference(fused(x, fused.time.table(torch.tensor([t])), classes, condition), expected) <= FORWARD
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

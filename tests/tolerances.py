@@ -1,4 +1,7 @@
-"""How far a kernel may be from float64: twice as far as PyTorch's own operations, and a floor for each dtype."""
+"""How far a kernel may be from float64, and a network or a chain from the original.
+
+A kernel: twice as far as PyTorch's own operations, and a floor for each dtype.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,10 @@ FLOORS = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-7 if INTERPRETER else 2.0**-8,
 }
+
+
+FORWARD = 5e-5  # max |difference| of one network evaluation, over the rms of the original's output
+CHAIN = 1e-4  # max |difference| of x_0 after a whole chain with the same noise
 
 
 def assert_as_exact_as_torch(actual: Tensor, plain: Tensor, exact: Tensor) -> None:

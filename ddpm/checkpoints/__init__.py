@@ -15,6 +15,10 @@ from ddpm.checkpoints import guided_diffusion, ho, lucidrains
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
 from ddpm.checkpoints.diffusers import HUB_FILES, WEIGHTS, is_directory_of_diffusers, load_diffusers
 from ddpm.checkpoints.files import PICKLES, describe, is_state_dict, read_checkpoint
+from ddpm.checks import boolean
+
+# Parameters of the loaders that are not for callers of `load_checkpoint`.
+NOT_SETTINGS = {"state", "source", "path", "which", "weights"}
 
 __all__ = ["Checkpoint", "Report", "load_checkpoint"]
 
@@ -33,8 +37,10 @@ def load_checkpoint(source: str | os.PathLike[str], **family_options: Any) -> Ch
         ValueError: one sentence that names the file or option, what was expected and what was found.
     """
     path = Path(source).expanduser()
-    if reserved := {"state", "source", "path", "which", "weights"} & family_options.keys():
+    if reserved := NOT_SETTINGS & family_options.keys():
         raise ValueError(f"unknown option {', '.join(sorted(reserved))}; it is not a setting of any checkpoint")
+    if "ema" in family_options:
+        boolean("ema", family_options["ema"])
     if not path.exists():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
             raise ValueError(
@@ -66,6 +72,7 @@ def _load_file(path: Path, source: str, options: dict[str, Any]) -> Checkpoint:
         raise ValueError(f"{path} is not a checkpoint: expected a directory, .safetensors, {', '.join(PICKLES)}")
     if path.name.startswith(WEIGHTS) and (path.parent / "config.json").is_file():
         _check_options("diffusers", load_diffusers, options)
+        _refuse_choice(path, options, "ema", "variant")
         return load_diffusers(path.parent, source, weights=path, **options)
     content = read_checkpoint(path)
     if isinstance(content, list):
@@ -91,8 +98,7 @@ def _load_file(path: Path, source: str, options: dict[str, Any]) -> Checkpoint:
 
 def _load_state(state: dict[str, Tensor], path: Path, source: str, options: dict[str, Any]) -> Checkpoint:
     """A bare state dict, whose names tell the family."""
-    if "ema" in options:
-        raise ValueError(f"{path} holds one set of weights, so ema= has nothing to choose; leave it out")
+    _refuse_choice(path, options, "ema")
     if guided_diffusion.SIGNATURE in state:
         return guided_diffusion.load_guided_diffusion(state, source, path, **options)
     if ho.SIGNATURE in state:
@@ -112,6 +118,12 @@ def _load_state(state: dict[str, Tensor], path: Path, source: str, options: dict
     )
 
 
+def _refuse_choice(path: Path, options: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if name in options:
+            raise ValueError(f"{path} holds one set of weights, so {name}= has nothing to choose; leave it out")
+
+
 def _without_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the prefix that DataParallel puts in front."""
     if all(key.startswith("module.") for key in state):
@@ -121,7 +133,7 @@ def _without_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_options(family: str, loader: Callable[..., Checkpoint], options: dict[str, Any], *more: str) -> None:
     parameters = inspect.signature(loader).parameters.values()
-    allowed = [*more, *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "which")]
+    allowed = [*more, *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in NOT_SETTINGS)]
     if unknown := sorted(options.keys() - set(allowed)):
         raise ValueError(
             f"unknown option {', '.join(unknown)}; a {family} checkpoint takes {', '.join(sorted(allowed))}"

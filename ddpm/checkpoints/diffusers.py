@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
-from ddpm.checkpoints.files import load_weights, read_json, read_tensors
-from ddpm.checkpoints.options import boolean
+from ddpm.checkpoints.files import empty_network, load_weights, read_json, read_tensors
+from ddpm.checks import positive_integer
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_schedule, rescale_zero_terminal_snr
 from ddpm.unet import UNet, UNetConfig
@@ -121,11 +121,7 @@ def load_diffusers(
     unet_directory = directory if weights else _unet_directory(directory, ema, report)
     settings = _settings(unet_directory / "config.json", UNET_DEFAULTS, report, "unet")
     config = _unet_config(settings, unet_directory / "config.json", report)
-    try:
-        with torch.device("meta"):
-            network = UNet(config)
-    except ValueError as error:
-        raise ValueError(f"{unet_directory / 'config.json'} describes no network: {error}") from error
+    network = empty_network(UNet, config, f"{unet_directory / 'config.json'} describes no network")
     if weights and "-of-" not in weights.name:  # one shard stands for all of them
         report.found.append(f"weights: {weights}")
         state, weights_path = read_tensors(weights), weights
@@ -154,8 +150,6 @@ def load_diffusers(
 
 def _unet_directory(directory: Path, ema: bool | None, report: Report) -> Path:
     """unet_ema/ before unet/, unless the caller says otherwise; else the directory itself."""
-    if ema is not None:
-        boolean("ema", ema)
     averaged = directory / "unet_ema"
     if averaged.is_dir() and ema is not False:
         report.inferred.append("averaged (EMA) weights, from unet_ema/; ema=False takes unet/")
@@ -350,9 +344,7 @@ def _scheduler_class(directory: Path, path: Path, report: Report) -> str:
 
 
 def _schedule(s: dict[str, Any], path: Path) -> NoiseSchedule:
-    total = s["num_train_timesteps"]
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
-        raise ValueError(f"{path}: num_train_timesteps must be a positive integer; got {total!r}")
+    total = positive_integer(f"{path}: num_train_timesteps", s["num_train_timesteps"])
     try:
         if s["trained_betas"] is not None:
             betas = torch.tensor(s["trained_betas"], dtype=torch.float32)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+N = TypeVar("N", bound=nn.Module)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -116,6 +119,25 @@ def _read_pickle(path: Path) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def empty_network(kind: Callable[[Any], N], config: Any, complaint: str) -> N:
+    """kind(config) on the meta device, to be filled by `load_weights`.
+
+    Raises:
+        ValueError: the configuration describes no network: the complaint, and why.
+    """
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except ValueError as error:
+        raise ValueError(f"{complaint}: {error}") from error
+
+
+def check_resolution(image_size: int, divisor: int, path: Path) -> None:
+    """Raise ValueError where a network whose levels need multiples of `divisor` cannot have such images."""
+    if image_size % divisor:
+        raise ValueError(f"image_size={image_size} must be a multiple of {divisor} for {path}")
 
 
 def load_weights(

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
-from ddpm.checkpoints.files import load_weights
-from ddpm.checkpoints.options import boolean, one_of, positive_integer
+from ddpm.checkpoints.files import check_resolution, empty_network, load_weights
+from ddpm.checks import boolean, is_integer, one_of, positive_integer
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_table
-from ddpm.timesteps import is_integer
 from ddpm.unet import UNet, UNetConfig
 
 SIGNATURE = "input_blocks.0.0.weight"
@@ -126,8 +125,7 @@ def load_guided_diffusion(state: dict[str, Tensor], source: str, path: Path, **o
     report.found.append(f"weights: {path}")
     shapes = infer_shapes(state, path)
     flags = _resolve(shapes, state, path, options, report)
-    heads, head_channels = flags.get("num_heads"), flags.get("num_head_channels")
-    size = int(flags["image_size"])
+    size = flags["image_size"]
     config = UNetConfig(
         sample_size=(size, size),
         in_channels=shapes.in_channels,
@@ -140,21 +138,16 @@ def load_guided_diffusion(state: dict[str, Tensor], source: str, path: Path, **o
         down_resample=("resnet" if shapes.resblock_updown else "conv",) * len(shapes.widths),
         up_resample=("resnet" if shapes.resblock_updown else "conv",) * len(shapes.widths),
         mid_attention=shapes.mid_attention,
-        attention_heads=heads,
-        attention_head_dim=head_channels,
+        attention_heads=flags["num_heads"],
+        attention_head_dim=flags["num_head_channels"],
         time_sinusoid_dim=shapes.num_channels,
         time_embedding_dim=shapes.embedding_dim,
         scale_shift=shapes.use_scale_shift_norm,
         class_embedding=None if shapes.num_classes is None else "table",
         num_class_embeds=shapes.num_classes,
     )
-    try:
-        with torch.device("meta"):
-            network = UNet(config)
-    except ValueError as error:
-        raise ValueError(f"{path} is no network of guided-diffusion: {error}") from error
-    if size % config.resolution_divisor:
-        raise ValueError(f"image_size={size} must be a multiple of {config.resolution_divisor} for {path}")
+    network = empty_network(UNet, config, f"{path} is no network of guided-diffusion")
+    check_resolution(size, config.resolution_divisor, path)
     load_weights(
         network,
         canonical_state(state, shapes, config, legacy=not flags.get("use_new_attention_order", False)),
@@ -177,9 +170,9 @@ def load_guided_diffusion(state: dict[str, Tensor], source: str, path: Path, **o
         timestep_spacing="sections",
         ddim_spacing="strided",
         ddim_epsilon="rederived",
-        rescale_timesteps=bool(flags["rescale_timesteps"]),
+        rescale_timesteps=flags["rescale_timesteps"],
     )
-    schedule = NoiseSchedule.from_betas(beta_table(flags["noise_schedule"], int(flags["diffusion_steps"])))
+    schedule = NoiseSchedule.from_betas(beta_table(flags["noise_schedule"], flags["diffusion_steps"]))
     return Checkpoint("guided-diffusion", source, network, schedule, rules, (size, size), "truncate", report)
 
 
@@ -233,16 +226,15 @@ def _resolve(
     for name in ("rescale_timesteps", "use_new_attention_order", *DEFAULTS):
         if name in flags:
             boolean(name, flags[name])
-    if flags.get("num_head_channels") in (-1, None):  # the original's "not set": the number of heads counts
-        flags["num_head_channels"] = None
-    else:
-        flags["num_heads"] = None
+    heads, width_of_head = flags.get("num_heads"), flags.get("num_head_channels")
+    by_number = width_of_head in (-1, None)  # the original's "not set"
+    flags |= {"num_heads": heads if by_number else None, "num_head_channels": None if by_number else width_of_head}
     attended = {w for w, used in zip(shapes.widths, shapes.attention, strict=True) if used}
     for width in attended | ({shapes.widths[-1]} if shapes.mid_attention else set()):
-        heads: Any = flags.get("num_heads") or flags.get("num_head_channels")
-        if not is_integer(heads) or heads < 1 or width % heads:
-            name = "num_heads" if flags.get("num_heads") else "num_head_channels"
-            raise ValueError(f"{name}={heads!r} does not divide an attention of {width} channels in {path}")
+        name = "num_heads" if by_number else "num_head_channels"
+        divisor = flags[name]
+        if not is_integer(divisor) or divisor < 1 or width % divisor:
+            raise ValueError(f"{name}={divisor!r} does not divide an attention of {width} channels in {path}")
     return flags
 
 
@@ -270,7 +262,8 @@ def infer_shapes(state: dict[str, Tensor], path: Path) -> Shapes:
                 found.setdefault(int(match[1]), set()).add(match[2])
         return [found[i] for i in sorted(found)]
 
-    if "encoder_pool.0.weight" in state or "out.2.weight" not in state or not blocks("output_blocks"):
+    down, up = blocks("input_blocks"), blocks("output_blocks")
+    if "encoder_pool.0.weight" in state or "out.2.weight" not in state or not up:
         raise ValueError(f"{path} is a classifier or a part of a network of guided-diffusion, not a sampler's U-Net")
 
     def shape(key: str) -> torch.Size:
@@ -278,11 +271,8 @@ def infer_shapes(state: dict[str, Tensor], path: Path) -> Shapes:
             raise ValueError(f"{path} lacks {key}; it is not a complete network of guided-diffusion")
         return state[key].shape
 
-    down, up = blocks("input_blocks"), blocks("output_blocks")
-    upsamplers = [
-        {k.split(".")[0] for k in names if re.fullmatch(r"[1-9]\.(conv|in_layers\.0)\.weight", k)} for names in up
-    ]
-    levels = 1 + sum(1 for names in upsamplers if names)
+    upsampler = re.compile(r"[1-9]\.(conv|in_layers\.0)\.weight")
+    levels = 1 + sum(any(upsampler.fullmatch(name) for name in names) for names in up)
     if len(down) != len(up) or len(up) % levels:
         raise ValueError(f"{path} has {len(down)} input and {len(up)} output blocks, which form no U-Net")
     per_level = len(up) // levels  # num_res_blocks + 1

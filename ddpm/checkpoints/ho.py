@@ -7,12 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
-from ddpm.checkpoints.files import is_state_dict, load_weights
-from ddpm.checkpoints.options import one_of, positive_integer
+from ddpm.checkpoints.files import check_resolution, empty_network, is_state_dict, load_weights
+from ddpm.checks import one_of, positive_integer
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_table
 from ddpm.unet import UNet, UNetConfig
@@ -48,17 +47,17 @@ def weights_of_list(content: list[Any], path: Path, *, ema: bool = True) -> tupl
     Raises:
         ValueError: it is not such a list, or has no averaged weights and they were asked for.
     """
-    chosen = content[-1] if ema and len(content) == 5 else content[0] if content else None
+    chosen: Any = content[-1] if ema and len(content) == 5 else content[0] if content else None
     if len(content) not in (4, 5) or not is_state_dict(chosen):
         raise ValueError(
             f"{path} holds a list of {len(content)}; expected ermongroup/ddim's [model, optimizer, epoch, step(, ema)] "
             "with state dicts of tensors"
         )
     if ema and len(content) == 5:
-        return content[-1], "averaged (EMA) weights, the list's last entry; ema=False takes the raw ones"
+        return chosen, "averaged (EMA) weights, the list's last entry; ema=False takes the raw ones"
     if ema:
-        return content[0], "raw weights: the list holds no averaged (EMA) ones"
-    return content[0], "raw weights, the list's first entry, as ema=False asks"
+        return chosen, "raw weights: the list holds no averaged (EMA) ones"
+    return chosen, "raw weights, the list's first entry, as ema=False asks"
 
 
 def load_ho(
@@ -89,8 +88,11 @@ def load_ho(
     report = Report()
     report.found.append(f"weights: {path}")
     given = {"image_size": image_size, "variance_type": variance_type}
+    if "logvar" in state:  # learned by the "bayesian" configurations
+        report.ignored.append("logvar: not read in sampling")
+        state = {k: v for k, v in state.items() if k != "logvar"}
     widths = _widths(state, path)
-    parameters = sum(v.numel() for k, v in state.items() if k != "logvar")
+    parameters = sum(v.numel() for v in state.values())
     if parameters in PUBLISHED:
         name, size, variance = PUBLISHED[parameters]
         image_size, variance_type = image_size or size, variance_type or variance
@@ -127,17 +129,9 @@ def load_ho(
         freq_shift=1,
         downsample_padding=0,
     )
-    if image_size % config.resolution_divisor:
-        raise ValueError(f"image_size={image_size} must be a multiple of {config.resolution_divisor} for {path}")
-    try:
-        with torch.device("meta"):
-            network = UNet(config)
-    except ValueError as error:
-        raise ValueError(f"{path} is no network of Ho et al.: {error}") from error
-    dropped = [k for k in state if k == "logvar"]  # learned by the "bayesian" configurations, not read in sampling
-    report.ignored.extend(f"{k}: not read in sampling" for k in dropped)
-    kept = {k: v for k, v in state.items() if k not in dropped}
-    load_weights(network, canonical_state(kept, levels), path, "it is not a complete network of Ho et al.'s port")
+    check_resolution(image_size, config.resolution_divisor, path)
+    network = empty_network(UNet, config, f"{path} is no network of Ho et al.")
+    load_weights(network, canonical_state(state, levels), path, "it is not a complete network of Ho et al.'s port")
     ermongroup = sampling_code == "ermongroup"
     rules = SamplingRules(
         convention=sampling_code,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
-from ddpm.checkpoints.files import load_weights
-from ddpm.checkpoints.lucidrains_keys import WRAPPED, has_old_keys, modern_keys, numerics, version_number
-from ddpm.checkpoints.options import boolean, one_of, positive_integer
+from ddpm.checkpoints.files import check_resolution, empty_network, load_weights
+from ddpm.checkpoints.lucidrains_keys import Numerics, has_old_keys, modern_keys, numerics, version_number
+from ddpm.checks import one_of, positive_integer
 from ddpm.lucidrains import LucidrainsConfig, LucidrainsUNet
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_table
@@ -49,7 +49,6 @@ def trainer_weights(content: dict[str, Any], path: Path, *, ema: bool = True) ->
     Raises:
         ValueError: it has no such weights.
     """
-    boolean("ema", ema)
     name = "ema" if ema else "model"
     state = content.get(name)
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
@@ -78,7 +77,7 @@ def load_lucidrains(
     beta_schedule: str | None = None,
     num_train_timesteps: int | None = None,
     attention_heads: int | None = None,
-    norm_groups: int = 8,
+    norm_groups: int | None = None,
 ) -> Checkpoint:
     """A checkpoint from a state dict of GaussianDiffusion (with its schedule) or of the U-Net alone.
 
@@ -93,7 +92,7 @@ def load_lucidrains(
             alone).
         beta_schedule, num_train_timesteps: "linear", "cosine" or "sigmoid", and T; needed for a U-Net alone.
         attention_heads: needed before 1.9 where the product of heads and their width is not 4 x 32.
-        norm_groups: of GroupNorm, before 2.0.
+        norm_groups: of GroupNorm, before 2.0; 8 unless given.
 
     Raises:
         ValueError: an option is missing or contradicts the file, or the file is of another class or version.
@@ -103,44 +102,35 @@ def load_lucidrains(
     report.inferred.append(which)
     for name, value in (("attention_heads", attention_heads), ("norm_groups", norm_groups)):
         if value is not None:
-            positive_integer(name, value)
+            report.given.append(f"{name} = {positive_integer(name, value)}")
     if version is not None and not isinstance(version, str):
         raise ValueError(f"version must be text, such as '1.6.4'; got {version!r}")
     for pattern, what in SIBLINGS.items():
         if any(re.search(pattern, key) for key in state):
             raise ValueError(f"{path} is {what} of denoising-diffusion-pytorch, which is not supported")
     prefix = next((key.removesuffix(SIGNATURE) for key in state if key.endswith(SIGNATURE)), "")
-    unet = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    # Parameters of the U-Net have a dot in their names, buffers of GaussianDiffusion have none.
     diffusion = prefix.removesuffix("model.")
-    buffers = {} if not prefix else {
-        k.removeprefix(diffusion): v for k, v in state.items() if k.startswith(diffusion) and not k.startswith(prefix)
-    }  # fmt: skip
-    if not prefix:
-        unet, buffers = {k: v for k, v in unet.items() if "." in k}, {k: v for k, v in unet.items() if "." not in k}
+    unet = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix) and "." in k}
+    buffers = {k.removeprefix(diffusion): v for k, v in state.items() if k.startswith(diffusion)}
+    buffers = {k: v for k, v in buffers.items() if "." not in k}
     if unet[SIGNATURE].ndim != 4:
         raise ValueError(f"{path} is a U-Net for {unet[SIGNATURE].ndim - 2}-dimensional data; expected images")
-    old = has_old_keys(unet)
     if version is not None:
         report.found.append(f"version {version} of denoising-diffusion-pytorch")
-    if old and version is None:
+    if has_old_keys(unet) and version is None:
         raise ValueError(
             f"{path} has the names of denoising-diffusion-pytorch 0.32 to 1.7.7, which computed differently from one "
             "to the next, and does not say which wrote it; pass version="
         )
-    config = infer_config(unet, path, version if old else None, attention_heads, norm_groups, report)
-    try:
-        with torch.device("meta"):
-            network = LucidrainsUNet(config)
-    except ValueError as error:
-        raise ValueError(f"{path} is no U-Net of denoising-diffusion-pytorch: {error}") from error
-    load_weights(network, modern_keys(unet, version), path, "it is not a complete U-Net of denoising-diffusion-pytorch")
+    old = numerics(version) if version is not None and has_old_keys(unet) else None
+    unet = modern_keys(unet, version)
+    config = infer_config(unet, path, old, attention_heads, norm_groups, report)
+    network = empty_network(LucidrainsUNet, config, f"{path} is no U-Net of denoising-diffusion-pytorch")
+    load_weights(network, unet, path, "it is not a complete U-Net of denoising-diffusion-pytorch")
     if image_size is None:
         raise ValueError(f"{path} does not say how large its images are; pass image_size=")
-    if positive_integer("image_size", image_size) % config.resolution_divisor:
-        raise ValueError(
-            f"image_size={image_size} must be a multiple of {config.resolution_divisor} for {path}, which has "
-            f"{len(config.dim_mults)} levels"
-        )
+    check_resolution(positive_integer("image_size", image_size), config.resolution_divisor, path)
     report.given.append(f"image_size = {image_size}")
     schedule = _schedule(buffers, path, beta_schedule, num_train_timesteps, report)
     rules = _rules(config, buffers, schedule, path, objective, version, report)
@@ -149,25 +139,26 @@ def load_lucidrains(
 
 
 def infer_config(
-    unet: dict[str, Tensor], path: Path, old_version: str | None, heads: int | None, groups: int, report: Report
+    unet: dict[str, Tensor], path: Path, old: Numerics | None, heads: int | None, groups: int | None, report: Report
 ) -> LucidrainsConfig:
     """The architecture from names and shapes, and from the version where those are alike.
 
     Args:
-        old_version: of a state dict before 1.8, else None.
+        unet: with the names of 1.8 and later.
+        old: what the version computes that wrote it, if before 1.8.
         heads: of every attention, where no memory tells them; None means 4 where 4 of 32 fit.
+        groups: of GroupNorm; None means 8.
     """
-    plain = {WRAPPED.sub(r"\1.", key): v for key, v in unet.items()}
-    levels = len({key.split(".")[1] for key in plain if key.startswith("downs.")})
+    levels = len({key.split(".")[1] for key in unet if key.startswith("downs.")})
     needed = ["time_mlp.1.weight", "final_conv.weight", "downs.0.0.block1.proj.weight"]
     needed += [f"downs.{level}.2.to_qkv.weight" for level in range(levels)]
-    if lacking := [key for key in needed if key not in plain]:
+    if lacking := [key for key in needed if key not in unet]:
         raise ValueError(f"{path} lacks {lacking[0]}; expected a U-Net of denoising-diffusion-pytorch 0.32 or later")
-    if levels > 1 and "downs.0.3.1.weight" not in plain:
+    if levels > 1 and "downs.0.3.1.weight" not in unet:
         raise ValueError(f"{path} is of denoising-diffusion-pytorch before 0.32, which is not supported")
-    dim = plain["time_mlp.1.weight"].shape[1]
-    init_dim, in_channels = plain[SIGNATURE].shape[:2]
-    out_channels = plain["final_conv.weight"].shape[0]
+    dim = unet["time_mlp.1.weight"].shape[1]
+    init_dim, in_channels = unet[SIGNATURE].shape[:2]
+    out_channels = unet["final_conv.weight"].shape[0]
     self_condition = in_channels == 2 * out_channels
     channels = in_channels // 2 if self_condition else in_channels
     if out_channels not in (channels, 2 * channels):
@@ -175,14 +166,14 @@ def infer_config(
             f"{path} has {out_channels} output channels for images of {channels}; expected {channels} or, with a "
             "learned variance, twice that: it may be of another class, such as WeightedObjectiveGaussianDiffusion"
         )
-    ends = [plain.get(f"downs.{i}.3.1.weight", plain.get(f"downs.{i}.3.weight")) for i in range(levels)]
+    ends = [unet.get(f"downs.{i}.3.1.weight", unet.get(f"downs.{i}.3.weight")) for i in range(levels)]
     if lacking := [str(i) for i, end in enumerate(ends) if end is None]:
         raise ValueError(f"{path} lacks downs.{lacking[0]}.3, the end of a level; expected a complete U-Net")
     full, counts, widths, memory = [], [], [], 0
     for level in range(levels):
-        full.append(f"downs.{level}.2.to_out.weight" in plain)
-        mem_kv = plain.get(f"downs.{level}.2.mem_kv")
-        inner = plain[f"downs.{level}.2.to_qkv.weight"].shape[0] // 3
+        full.append(f"downs.{level}.2.to_out.weight" in unet)
+        mem_kv = unet.get(f"downs.{level}.2.mem_kv")
+        inner = unet[f"downs.{level}.2.to_qkv.weight"].shape[0] // 3
         if mem_kv is not None:  # [2, heads, M, dim_head] (full) or [2, heads, dim_head, M] (linear)
             memory = mem_kv.shape[2 if full[-1] else 3]
             count = mem_kv.shape[1]
@@ -198,14 +189,13 @@ def infer_config(
             raise ValueError(f"attention_heads={count} does not divide an attention of width {inner} in {path}")
         counts.append(count)
         widths.append(inner // count)
-    group = "downs.0.0.block1.norm.weight" in plain
-    kind = numerics(old_version) if old_version else None
-    if group:
-        report.assumed.append(f"GroupNorm of {groups} groups (resnet_block_groups), unless norm_groups was given")
+    group = "downs.0.0.block1.norm.weight" in unet
+    if group and groups is None:
+        report.assumed.append("GroupNorm of 8 groups (resnet_block_groups)")
     report.assumed.append("timestep features with theta 10000")
     report.inferred.append(
-        f"{'GroupNorm' if group else 'RMSNorm'} blocks, {'4 memory' if memory == 4 else memory or 'no memory'} "
-        f"key/values{', self-conditioning' if self_condition else ''}"
+        f"{'GroupNorm' if group else 'RMSNorm'} blocks, {memory or 'no'} memory key/values"
+        f"{', self-conditioning' if self_condition else ''}"
     )
     return LucidrainsConfig(
         dim=dim,
@@ -216,12 +206,12 @@ def infer_config(
         out_channels=out_channels,
         self_condition=self_condition,
         norm="group" if group else "rms",
-        norm_groups=groups,
-        attention_norm=kind.attention_norm if kind else "rms",
+        norm_groups=groups or 8,
+        attention_norm=old.attention_norm if old else "rms",
         attention_heads=tuple(counts),
         attention_dim_head=tuple(widths),
         memory_key_values=memory,
-        value_scale_by_pixels=kind.value_scale_by_pixels if kind else False,
+        value_scale_by_pixels=old.value_scale_by_pixels if old else False,
     )
 
 

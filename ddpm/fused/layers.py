@@ -14,7 +14,7 @@ from ddpm.kernels import backend
 from ddpm.kernels.group_norm_silu import group_norm_silu
 from ddpm.kernels.rms_norm_silu import rms_norm_silu
 from ddpm.lucidrains import RMSNorm
-from ddpm.unet import ACTIVATIONS
+from ddpm.unet import ACTIVATIONS, resample
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,20 @@ class GroupNormSiLU(nn.Module):
         self.groups, self.eps, self.activation = norm.num_groups, norm.eps, activation
         self.weight, self.bias = frozen(norm.weight), frozen(norm.bias)
 
-    def forward(self, x: Tensor, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None):
+    def forward(
+        self,
+        x: Tensor,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         silu = self.activation in ("silu", "swish")
         y = group_norm_silu(
             x, self.groups, self.weight, self.bias, self.eps, add=add, scale=scale, shift=shift, silu=silu
         )
-        return y if silu or self.activation is None else ACTIVATIONS[self.activation](y)
+        y = y if silu or self.activation is None else ACTIVATIONS[self.activation](y)
+        return y if residual is None else y + residual
 
 
 class RMSNormSiLU(nn.Module):
@@ -169,13 +177,24 @@ class RMSNormSiLU(nn.Module):
         return rms_norm_silu(x, self.weight, add=add, scale=scale, shift=shift, residual=residual, silu=self.silu)
 
 
+class FusedUpsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, then a convolution."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
+        super().__init__()
+        self.conv = conv_nhwc(conv, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(resample(x, "up"))
+
+
 def explain_layer(name: str, module: nn.Module, device: torch.device) -> LayerPath | None:
     """The path of a norm or a convolution on `device`; None for modules that only hold others."""
-    if isinstance(module, GroupNormSiLU):
-        kernel = (
-            "Triton kernel group_norm_silu" if backend.uses_triton(device) else "group_norm_silu_ref (plain PyTorch)"
-        )
-        extra = "" if module.activation in (None, "silu", "swish") else f", then {module.activation} on its own"
+    if isinstance(module, (GroupNormSiLU, RMSNormSiLU)):
+        op = "group_norm_silu" if isinstance(module, GroupNormSiLU) else "rms_norm_silu"
+        kernel = f"Triton kernel {op}" if backend.uses_triton(device) else f"{op}_ref (plain PyTorch)"
+        activation = getattr(module, "activation", None)
+        extra = "" if activation in (None, "silu", "swish") else f", then {activation} on its own"
         return LayerPath(name, f"{kernel}, float32 statistics{extra}")
     if isinstance(module, nn.Conv2d):
         library = "oneDNN" if device.type == "cpu" else "cuDNN"

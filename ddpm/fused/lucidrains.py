@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.fused.layers import (
+    FusedUpsample,
     GroupNormSiLU,
     LayerPath,
     RMSNormSiLU,
@@ -23,7 +24,6 @@ from ddpm.fused.layers import (
     frozen,
 )
 from ddpm.lucidrains import Block, ChannelLayerNorm, FullAttention, LinearAttention, LucidrainsUNet, ResnetBlock
-from ddpm.unet import resample
 
 
 class FusedBlock(nn.Module):
@@ -40,11 +40,7 @@ class FusedBlock(nn.Module):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        h = self.proj(x)
-        if isinstance(self.norm, RMSNormSiLU):
-            return self.norm(h, add=self.proj_bias, scale=scale, shift=shift, residual=residual)
-        h = self.norm(h, add=self.proj_bias, scale=scale, shift=shift)
-        return h if residual is None else h + residual
+        return self.norm(self.proj(x), add=self.proj_bias, scale=scale, shift=shift, residual=residual)
 
 
 class FusedResnet(nn.Module):
@@ -121,27 +117,12 @@ def _attention_norm(norm: nn.Module) -> nn.Module:
     return ChannelLayerNormNHWC(norm) if isinstance(norm, ChannelLayerNorm) else RMSNormSiLU(norm, silu=False)
 
 
-class Unshuffle(nn.Module):
-    """PixelUnshuffle(2) and a 1x1 convolution as one 2x2 convolution of stride 2."""
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
-        super().__init__()
-        channels = conv.in_channels // 4
-        merged = nn.utils.skip_init(nn.Conv2d, channels, conv.out_channels, 2, stride=2)
-        merged.weight, merged.bias = frozen(conv.weight.view(-1, channels, 2, 2)), frozen(conv.bias)
-        self.conv = conv_nhwc(merged, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
-        super().__init__()
-        self.conv = conv_nhwc(conv, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(resample(x, "up"))
+def unshuffled(conv: nn.Conv2d, dtype: torch.dtype) -> nn.Conv2d:
+    """PixelUnshuffle(2) and a 1x1 convolution behind it as one 2x2 convolution of stride 2."""
+    channels = conv.in_channels // 4
+    merged = nn.utils.skip_init(nn.Conv2d, channels, conv.out_channels, 2, stride=2)
+    merged.weight, merged.bias = frozen(conv.weight.view(-1, channels, 2, 2)), frozen(conv.bias)
+    return conv_nhwc(merged, dtype)
 
 
 class FusedLucidrains(nn.Module):
@@ -177,7 +158,7 @@ class FusedLucidrains(nn.Module):
         if isinstance(end, nn.Conv2d):
             end = conv_nhwc(end, self.dtype)
         else:
-            end = (Unshuffle if direction == "down" else Upsample)(end[1], self.dtype)
+            end = (unshuffled if direction == "down" else FusedUpsample)(end[1], self.dtype)
         return nn.ModuleList([self._resnet(resnet1), self._resnet(resnet2), FusedAttention(attend, self.dtype), end])
 
     def forward(self, x: Tensor, row: Tensor, classes: Tensor | None = None, condition: Tensor | None = None) -> Tensor:

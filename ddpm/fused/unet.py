@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.fused.layers import GroupNormSiLU, LayerPath, TimePath, conv_nhwc, explain_layer, frozen
+from ddpm.fused.layers import FusedUpsample, GroupNormSiLU, LayerPath, TimePath, conv_nhwc, explain_layer, frozen
 from ddpm.unet import Attention, Block, Downsample, ResnetBlock, UNet, Upsample, resample
 
 
@@ -88,15 +88,6 @@ class FusedDownsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
 
 
-class FusedUpsample(nn.Module):
-    def __init__(self, block: Upsample, dtype: torch.dtype):
-        super().__init__()
-        self.conv = conv_nhwc(block.conv, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(resample(x, "up"))
-
-
 class FusedBlock(nn.Module):
     """A level of one path, resnets and attentions interleaved, with the change of resolution at its end."""
 
@@ -161,7 +152,7 @@ class FusedUNet(nn.Module):
         elif isinstance(block.sampler, Downsample):
             sampler = FusedDownsample(block.sampler, self.dtype)
         elif isinstance(block.sampler, Upsample):
-            sampler = FusedUpsample(block.sampler, self.dtype)
+            sampler = FusedUpsample(block.sampler.conv, self.dtype)
         else:
             sampler = None
         return FusedBlock(resnets, attentions, sampler)

@@ -523,7 +523,11 @@ def test_a_variant_by_its_own_path(tmp_path):
     plain, other = tiny_unet(0), tiny_unet(1)
     plain.save_pretrained(tmp_path)
     other.save_pretrained(tmp_path, variant="fp16")
-    checkpoint = load_checkpoint(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    path = tmp_path / "diffusion_pytorch_model.fp16.safetensors"
+    checkpoint = load_checkpoint(path)
+    for option in ({"variant": "fp16"}, {"ema": True}):
+        with pytest.raises(ValueError, match=r"holds one set of weights, so .* has nothing to choose"):
+            load_checkpoint(path, **option)
     assert torch.equal(checkpoint.network.conv_in.weight, other.conv_in.weight)
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 import ddpm
 from ddpm.checkpoints import load_checkpoint
 from ddpm.checkpoints.guided_diffusion import PUBLISHED
-from ddpm.fused import FusedUNet
-from tests.helpers import relative_difference
+from tests.helpers import assert_same_output
 from tests.originals import guided_diffusion as original
+from tests.tolerances import CHAIN
 from tests.weights import redraw
 
-FORWARD, CHAIN = 5e-5, 1e-4
 TINY: dict[str, Any] = {
     "image_size": 8,
     "num_channels": 32,
@@ -79,21 +78,16 @@ def inputs(changes: dict[str, Any], n: int, size: int) -> dict[str, Tensor]:
 
 
 def assert_forward(network: torch.nn.Module, path: Path, changes: dict[str, Any], size: int, **options: Any) -> None:
-    checkpoint = load_checkpoint(path, **options)
-    ours = checkpoint.network
-    fused = FusedUNet(ours)
+    ours = load_checkpoint(path, **options).network
     kwargs = inputs(changes, 2, size)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     condition = None
     if "low_res" in kwargs:
         condition = torch.nn.functional.interpolate(kwargs["low_res"], (size, size), mode="bilinear")
-    classes = ours.embed_classes(kwargs["y"]) if "y" in kwargs else None
     with torch.no_grad():
         for t in (0.0, 37.0, 999.75):
             expected = network(x, torch.full((2,), t), **kwargs)
-            assert relative_difference(ours(x, t, kwargs.get("y"), condition), expected) <= FORWARD
-            row = fused.time.table(torch.tensor([t]))
-            assert relative_difference(fused(x, row, classes, condition), expected) <= FORWARD
+            assert_same_output(ours, x, t, expected, kwargs.get("y"), condition)
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())

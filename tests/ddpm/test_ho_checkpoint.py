@@ -11,12 +11,11 @@ from torch import Tensor
 
 import ddpm
 from ddpm.checkpoints import load_checkpoint
-from ddpm.fused import FusedUNet
-from tests.helpers import relative_difference
+from tests.helpers import assert_same_output
 from tests.originals import ho as original
+from tests.tolerances import CHAIN
 from tests.weights import redraw
 
-FORWARD, CHAIN = 5e-5, 1e-4
 TINY: dict[str, Any] = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,), "resolution": 8}
 GIVEN = {"image_size": 8, "variance_type": "fixed_small", "num_train_timesteps": 100}
 T = 100
@@ -34,13 +33,11 @@ def saved(directory: Path, name: str = "ema_model-1.ckpt", **changes: Any) -> tu
 
 def assert_forward(theirs: torch.nn.Module, path: Path, size: int, **options: Any) -> None:
     ours = load_checkpoint(path, **options).network
-    fused = FusedUNet(ours)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for t in (0, 37, 999):
             expected = theirs(x, torch.full((2,), float(t)))
-            assert relative_difference(ours(x, t), expected) <= FORWARD
-            assert relative_difference(fused(x, fused.time.table(torch.tensor([t]))), expected) <= FORWARD
+            assert_same_output(ours, x, t, expected)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +142,8 @@ def test_a_list_file_gives_averaged_weights_and_its_own_sampling(tmp_path):
     raw, averaged, path = list_file(tmp_path)
     assert_forward(averaged, path, 8, **GIVEN)
     assert_forward(raw, path, 8, **GIVEN, ema=False)
+    with pytest.raises(ValueError, match="ema must be True or False; got 'no'"):
+        load_checkpoint(path, **GIVEN, ema="no")
     checkpoint = load_checkpoint(path, **GIVEN)
     assert checkpoint.rules.convention == "ermongroup"
     assert checkpoint.rules.sampler == "ddim"  # that code's default

@@ -15,8 +15,8 @@ from ddpm.cli import DEMO
 from ddpm.reference import sample_reference
 from ddpm.steps import step_table
 from tests.helpers import CIFAR, TRAINING_SCRIPT, redraw, save_tiny, stock_images, tiny_pipeline
+from tests.tolerances import CHAIN
 
-BOUND = 1e-4
 SEED = 1234
 
 
@@ -50,9 +50,9 @@ def assert_parity(directory: Path, n: int, steps: int, *, reference: bool = True
     images = sampler.sample(n, steps=steps, generator=generator(), progress=False)
     assert images.shape == expected.shape
     assert images.dtype == torch.float32
-    assert float((images - expected).abs().max()) <= BOUND
+    assert float((images - expected).abs().max()) <= CHAIN
     if reference:
-        assert float((reference_images(sampler, n, steps) - expected).abs().max()) <= BOUND
+        assert float((reference_images(sampler, n, steps) - expected).abs().max()) <= CHAIN
 
 
 RULES: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ def test_a_list_of_generators(tmp_path):
         images = sampler.sample(
             3, steps=5, generator=[generator(s) for s in (5, 6, 7)], batch_size=batch_size, progress=False
         )
-        assert float((images - expected).abs().max()) <= BOUND, batch_size
+        assert float((images - expected).abs().max()) <= CHAIN, batch_size
 
 
 def test_one_generator_leaves_its_stream_where_the_pipeline_does(tmp_path):
@@ -156,7 +156,7 @@ def test_noise_is_x_T(tmp_path):
     images = ddpm.load(tmp_path, compile=False, device="cpu").sample(
         2, steps=4, noise=x_T, generator=source, progress=False
     )
-    assert float((images - expected).abs().max()) <= BOUND
+    assert float((images - expected).abs().max()) <= CHAIN
     assert torch.equal(x_T, kept)
 
 
@@ -173,7 +173,7 @@ def test_custom_timesteps(tmp_path):
     images = ddpm.load(tmp_path, compile=False, device="cpu").sample(
         2, timesteps=chain, generator=generator(), progress=False
     )
-    assert float((images - x).abs().max()) <= BOUND
+    assert float((images - x).abs().max()) <= CHAIN
 
 
 def test_the_cifar_configuration(tmp_path):
@@ -238,4 +238,4 @@ def test_ddim_equals_the_stock_pipeline(tmp_path, scheduler, arguments, saved_as
         arguments = arguments | {"sampler": "ddim"}
     source = generator()
     images = ddpm.load(tmp_path, device="cpu", compile=False).sample(2, generator=source, progress=False, **arguments)
-    assert float((images - expected).abs().max()) <= BOUND
+    assert float((images - expected).abs().max()) <= CHAIN

@@ -11,8 +11,7 @@ from ddpm.checkpoints import load_checkpoint
 from ddpm.fused import FusedUNet
 from ddpm.unet import UNet, UNetConfig
 from tests.helpers import CIFAR, TINY, relative_difference, tiny_unet
-
-BOUND = 5e-5  # max |difference| over the output's rms
+from tests.tolerances import FORWARD
 
 SMALL_CIFAR = CIFAR | {"block_out_channels": (32, 64, 64, 64), "sample_size": 16, "layers_per_block": 1}
 RESNET_BLOCKS = {
@@ -109,8 +108,8 @@ def test_output_equals_diffusers(tmp_path, options):
     for i, t in enumerate(timesteps):
         expected = theirs(x, torch.tensor(t)).sample
         kept = x.clone()
-        assert relative_difference(ours(x, torch.tensor(t)), expected) <= BOUND, f"reference at t = {t}"
-        assert relative_difference(fused(x, rows[i : i + 1]), expected) <= BOUND, f"fused at t = {t}"
+        assert relative_difference(ours(x, torch.tensor(t)), expected) <= FORWARD, f"reference at t = {t}"
+        assert relative_difference(fused(x, rows[i : i + 1]), expected) <= FORWARD, f"fused at t = {t}"
         assert torch.equal(x, kept)
 
 
@@ -119,15 +118,15 @@ def test_at_timestep_zero(tmp_path):
     theirs, ours, x = both(tmp_path, {})
     fused = FusedUNet(ours)
     expected = theirs(x, 0).sample
-    assert relative_difference(ours(x, 0), expected) <= BOUND
-    assert relative_difference(fused(x, fused.time.table(torch.tensor([0]))), expected) <= BOUND
+    assert relative_difference(ours(x, 0), expected) <= FORWARD
+    assert relative_difference(fused(x, fused.time.table(torch.tensor([0]))), expected) <= FORWARD
 
 
 @torch.no_grad()
 def test_a_timestep_per_image(tmp_path):
     theirs, ours, x = both(tmp_path, {})
     timesteps = torch.tensor([3, 500, 999])
-    assert relative_difference(ours(x, timesteps), theirs(x, timesteps).sample) <= BOUND
+    assert relative_difference(ours(x, timesteps), theirs(x, timesteps).sample) <= FORWARD
 
 
 @torch.no_grad()
@@ -135,12 +134,12 @@ def test_a_timestep_per_image(tmp_path):
 def test_class_conditional_networks(tmp_path, options, labels):
     theirs, ours, x = both(tmp_path, options)
     expected = theirs(x, 37, class_labels=labels).sample
-    assert relative_difference(ours(x, 37, labels), expected) <= BOUND
+    assert relative_difference(ours(x, 37, labels), expected) <= FORWARD
     with pytest.raises(ValueError, match="labels are needed"):
         ours(x, 37)
     fused = FusedUNet(ours)
     out = fused(x, fused.time.table(torch.tensor([37])), ours.embed_classes(labels))
-    assert relative_difference(out, expected) <= BOUND
+    assert relative_difference(out, expected) <= FORWARD
 
 
 @torch.no_grad()
@@ -170,7 +169,7 @@ def test_the_tests_can_see_every_option(tmp_path):
         for change in changes:
             other = tiny_unet(**change)
             other.load_state_dict(base.state_dict())
-            assert relative_difference(other(x, 37).sample, expected) > 20 * BOUND, change
+            assert relative_difference(other(x, 37).sample, expected) > 20 * FORWARD, change
 
 
 @torch.no_grad()

@@ -1,10 +1,15 @@
-"""Checks of the settings that a caller gives because a file does not hold them; each error names the option."""
+"""Checks of what a caller gives; each error names the argument."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ddpm.timesteps import is_integer
+import numpy as np
+
+
+def is_integer(value: object) -> bool:
+    """Whether a count may be this: Python's and NumPy's integers, but no bool."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def positive_integer(name: str, value: Any) -> int:
