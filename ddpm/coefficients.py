@@ -14,6 +14,10 @@ V = q / b B the standard deviation is
 The DDIM step (Song et al. 2021, eq. 12): with sigma = eta sqrt(q / b B) and d = sqrt(q - sigma^2), the result is
 sqrt(p) x_0 + d epsilon + sigma z, where epsilon is the network's ("raw") or the one that the clipped x_0 implies.
 
+What conditions a chain: the known region of an inpainted image is a sample of q(x_t | x_0), of mean sqrt(a) x_0 and
+standard deviation sqrt(1 - a); a jump back from alphas_cumprod a to the smaller a' is one of q(x_t' | x_t), of mean
+sqrt(a' / a) x_t and variance 1 - a' / a: one draw, distributed as the single steps of Lugmayr et al. 2022 are.
+
 Why families differ: diffusers and ermongroup/ddim keep alphas_cumprod in float32, where b loses digits at small t (up
 to 3e-4 of a step); OpenAI's code, pytorch_diffusion and lucidrains make tables in float64 and round them at the end.
 """
@@ -29,18 +33,22 @@ from ddpm.kernels.reverse_step import COLUMNS
 from ddpm.rules import SamplingRules
 
 
-def ancestral_row(a: Tensor, p: Tensor, rules: SamplingRules, *, noisy: bool) -> Tensor:
+def ancestral_row(a: Tensor, p: Tensor, rules: SamplingRules, *, noisy: bool, before: Tensor | None = None) -> Tensor:
     """One ancestral step.
 
     Args:
         a, p: 0-dim, in the schedule's precision.
         noisy: whether noise is added.
+        before: alphas_cumprod of the step before, for the last step of OpenAI's code: its own V is 0, which has no
+            logarithm, and V of the step before is taken instead. No noise shows it, but classifier guidance does.
 
     Returns:
         float32 [len(COLUMNS)].
     """
-    ancestral = _scheduler_ancestral if rules.convention == "diffusers" else _table_ancestral
-    row = ancestral(a, p, rules, noisy)
+    if rules.convention == "diffusers":
+        row = _scheduler_ancestral(a, p, rules, noisy)
+    else:
+        row = _table_ancestral(a, p, rules, noisy, before)
     return _as_row(row | {"clip": torch.tensor(rules.clip_range)})
 
 
@@ -68,18 +76,31 @@ def _scheduler_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool
     return row
 
 
-def _table_ancestral(a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool) -> dict[str, Tensor]:
-    """The others' tables, in the schedule's precision (float32 for ermongroup/ddim), rounded to float32, then exp."""
+def _table_ancestral(
+    a: Tensor, p: Tensor, rules: SamplingRules, noisy: bool, before: Tensor | None
+) -> dict[str, Tensor]:
+    """The others' tables, in the schedule's precision (float32 for ermongroup/ddim), rounded to float32, then exp.
+
+    log_min and log_max bound a learned variance; of a fixed one both are the logarithm.
+    """
     b, q = 1 - a, 1 - p
     beta = 1 - a / p
-    log_beta, log_variance = beta.log().float(), (q / b * beta).clamp(min=1e-20).log().float()
+    log_beta, log_variance = beta.log().float(), _log_small_variance(a, p)
+    log_min = log_variance if before is None else _log_small_variance(before, a)
     row = _prediction(a, rules.prediction_type, divides=False)
     row |= {"c0": beta * p.sqrt() / b, "cx": q * (1 - beta).sqrt() / b}
     if rules.learned_variance:
-        return row | {"s": torch.tensor(float(noisy)), "log_min": log_variance, "log_max": log_beta}
+        return row | {"s": torch.tensor(float(noisy)), "log_min": log_min, "log_max": log_beta}
+    if rules.variance_type == "fixed_large":
+        log_variance = log_beta if before is None else log_min
     if noisy:
-        row["s"] = torch.exp(0.5 * (log_beta if rules.variance_type == "fixed_large" else log_variance))
-    return row
+        row["s"] = torch.exp(0.5 * log_variance)
+    return row | {"log_min": log_variance, "log_max": log_variance}
+
+
+def _log_small_variance(a: Tensor, p: Tensor) -> Tensor:
+    """log V in float32; V is at least 1e-20."""
+    return ((1 - p) / (1 - a) * (1 - a / p)).clamp(min=1e-20).log().float()
 
 
 def _prediction(a: Tensor, prediction_type: str, *, divides: bool) -> dict[str, Tensor]:
@@ -130,3 +151,21 @@ def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
         c0, cx, ce = root_p, d * root_b, d * root_a
     values = {"c0": c0, "cx": cx, "ce": ce, "s": float(sigma), "clip": rules.clip_range}
     return _as_row(row | {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+
+def conditioning_columns(reached: Tensor, target: Tensor, guidance: float) -> dict[str, float]:
+    """The columns of guidance and inpainting.
+
+    Args:
+        reached: alphas_cumprod of the state that the step leads to, 1 at the end of the chain; 0-dim.
+        target: of the state that it then jumps back to; the same where it does not.
+        guidance: scale of classifier-free guidance.
+    """
+    a, ratio = float(reached), float(target.double() / reached.double())
+    return {
+        "guidance": guidance,
+        "known_mean": math.sqrt(a),
+        "known_std": math.sqrt(1 - a),
+        "jump_mean": math.sqrt(ratio),
+        "jump_std": math.sqrt(1 - ratio),
+    }

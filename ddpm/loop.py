@@ -11,15 +11,16 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddpm.conditioning import Conditions
 from ddpm.fused import FusedNetwork
-from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, decode_nonfinite, reverse_step
+from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, PLANES, decode_nonfinite, reverse_step
 from ddpm.noise import GeneratorNoise
 from ddpm.steps import StepTable
 
@@ -34,9 +35,11 @@ class ChainShape:
     Attributes:
         batch, channels, height, width: of the state.
         capacity: rows of the tables; a chain may be shorter.
-        clip, variance, threshold_ratio, threshold_max: see `kernels/reverse_step.py`.
+        clip, variance, rounding, threshold_ratio, threshold_max: see `kernels/reverse_step.py`.
         generator_noise: noise is read from a buffer instead of drawn in the kernel.
         preview: every step also writes x_0.
+        guided: the network sees every image twice, with its class and with none.
+        inpaint: a region of the image is known.
     """
 
     batch: int
@@ -50,6 +53,9 @@ class ChainShape:
     threshold_max: float
     generator_noise: bool
     preview: bool
+    rounding: str = "float32"
+    guided: bool = False
+    inpaint: bool = False
 
 
 @dataclass
@@ -60,9 +66,10 @@ class StepBuffers:
         x: the state x_t, float32 [N, C, H, W], NCHW contiguous.
         counter: int64 [1], the index of the step that comes next.
         coefficients: float32 [capacity, columns]; time: float32 [capacity, columns of the time table].
-        classes: class embeddings, float32 [N, embedding_dim], or None.
+        classes: class embeddings, float32 [N, embedding_dim], or None; 2N of them where guided, the null ones last.
         condition: what the network sees beside x_t, float32 [N, k, H, W], or None; x_0 itself with self-conditioning.
-        seeds: int64 [N], or None with generator noise; noise: like x, or None with seeds.
+        seeds: int64 [N], or None with generator noise; noise: like x, or None with seeds; [3, *x.shape] to inpaint.
+        known: the image to inpaint, like x, and mask, uint8 like x; or None.
         x_0: like x, written where previews or self-conditioning want it, else None.
         nonfinite: int64 [1], see `reverse_step`.
     """
@@ -75,6 +82,8 @@ class StepBuffers:
     condition: Tensor | None
     seeds: Tensor | None
     noise: Tensor | None
+    known: Tensor | None
+    mask: Tensor | None
     x_0: Tensor | None
     nonfinite: Tensor
 
@@ -82,7 +91,11 @@ class StepBuffers:
 def step(network: FusedNetwork, shape: ChainShape, buffers: StepBuffers) -> None:
     """x_t -> x_{t-1} in place. Reads the counter, never advances it: a grid has no order (see Loop._advance)."""
     row = buffers.time.index_select(0, buffers.counter)
-    out = network(buffers.x, row, buffers.classes, buffers.condition)
+    x, condition = buffers.x, buffers.condition
+    if shape.guided:  # two halves of one batch
+        x = torch.cat([x, x])
+        condition = None if condition is None else torch.cat([condition, condition])
+    out = network(x, row, buffers.classes, condition)
     reverse_step(
         buffers.x,
         out,
@@ -91,9 +104,12 @@ def step(network: FusedNetwork, shape: ChainShape, buffers: StepBuffers) -> None
         buffers.nonfinite,
         clip=shape.clip,
         variance=shape.variance,
+        rounding=shape.rounding,
         seeds=buffers.seeds,
         noise=buffers.noise,
         x0=buffers.x_0,
+        known=buffers.known,
+        mask=buffers.mask,
         threshold_ratio=shape.threshold_ratio,
         threshold_max=shape.threshold_max,
     )
@@ -124,6 +140,7 @@ class Loop:
         self._step = self._compile() if compiled else step
         self._graph: torch.cuda.CUDAGraph | None = None
         self._table: StepTable | None = None
+        self._chain: object | None = None  # the one whose state the buffers hold
 
     def _allocate(self) -> StepBuffers:
         shape, network = self.shape, self.network
@@ -137,15 +154,19 @@ class Loop:
         condition = x_0 if network.self_condition else None
         if network.condition_channels and not network.self_condition:
             condition = zeros(n, network.condition_channels, *image)
+        classes = n * (2 if shape.guided else 1)
+        draws = (len(PLANES), *state) if shape.inpaint else state
         return StepBuffers(
             x=zeros(*state),
             counter=zeros(1, dtype=torch.int64),
             coefficients=zeros(shape.capacity, len(COLUMNS)),
             time=zeros(shape.capacity, network.time.columns),
-            classes=zeros(n, network.time.embedding_dim) if network.time.conditional else None,
+            classes=zeros(classes, network.time.embedding_dim) if network.time.conditional else None,
             condition=condition,
             seeds=None if shape.generator_noise else zeros(n, dtype=torch.int64),
-            noise=zeros(*state) if shape.generator_noise else None,
+            noise=zeros(*draws) if shape.generator_noise else None,
+            known=zeros(*state) if shape.inpaint else None,
+            mask=zeros(*state, dtype=torch.uint8) if shape.inpaint else None,
             x_0=x_0,
             nonfinite=torch.full((1,), NONFINITE_NONE, dtype=torch.int64, device=self.device),
         )
@@ -159,15 +180,8 @@ class Loop:
         own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
         return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        """No gradients; on a GPU its own device, the chosen float32 and deterministic algorithms."""
-        with torch.no_grad():
-            if self.device.type == "cpu":
-                yield
-                return
-            with torch.cuda.device(self.device), float32_precision(self.tf32), deterministic_convolutions():
-                yield
+    def _settings(self) -> AbstractContextManager[None]:
+        return network_settings(self.device, self.tf32)
 
     def _advance(self) -> None:
         """A launch of its own behind every reader of the counter."""
@@ -183,7 +197,7 @@ class Loop:
     def _set_table(self, table: StepTable) -> None:
         if table is not self._table:  # batches of one run share theirs
             self.buffers.coefficients[: len(table)].copy_(table.coefficients)
-            self.buffers.time[: len(table)].copy_(self.network.time.table(table.network_timesteps))
+            self.buffers.time[: len(table)].copy_(self.network.time.table(table.distinct)[table.time_rows])
             self._table = table
 
     def _run_step(self) -> None:
@@ -218,66 +232,107 @@ class Loop:
         self._graph = graph
         self.captures += 1
 
-    def run(
+    def steps(
         self,
         table: StepTable,
         x_T: Tensor,
         *,
         seeds: Tensor | None = None,
         generator: GeneratorNoise | None = None,
-        classes: Tensor | None = None,
-        condition: Tensor | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Run one chain.
+        conditions: Conditions | None = None,
+    ) -> Iterator[int]:
+        """Walk one chain; `buffers` holds its state.
 
         Args:
             table: the steps, no more than the shape's capacity.
             x_T: float32 [n, C, H, W] with 1 <= n <= the shape's batch; the rest is padded with copies of the first.
             seeds: int64 [n], or
             generator: the source of every step's noise for the n images.
-            classes: class embeddings, float32 [n, embedding_dim], of a class-conditional network.
-            condition: float32 [n, condition_channels, H, W], where the network has such an input.
-            on_step: called with the index of each step (on a GPU: once it is queued, a few steps before its end).
+            conditions: of the n images; what the network or the shape asks for.
 
-        Returns:
-            x_0, float32 [n, C, H, W], a copy on the device.
+        Yields:
+            The index of each step (on a GPU: once it is queued, a few steps before its end).
 
         Raises:
-            FloatingPointError: the network's output was NaN or infinite; its args are (step, image).
+            FloatingPointError: the network's output was NaN or infinite; its args are (step, image). At the end.
+            RuntimeError: another chain was begun in between, which has overwritten the buffers.
         """
-        n, buffers = len(x_T), self.buffers
+        self._chain = chain = object()
         with self._settings():
             self._set_table(table)
             self.prepare()  # warm-up overwrites the state, so it comes before the state is set
             self._reset()
-            _fill(buffers.x, x_T)
-            if buffers.classes is not None:
-                assert classes is not None  # a class-conditional network is sampled with classes
-                _fill(buffers.classes, classes)
-            if buffers.condition is not None and not self.network.self_condition:
-                assert condition is not None  # likewise
-                _fill(buffers.condition, condition)
-            feed = None
-            if buffers.noise is not None:
-                assert generator is not None  # a loop for generator noise is run with a generator, another with seeds
-                feed = NoiseFeed(generator, buffers.noise, n)
-            else:
-                assert buffers.seeds is not None
-                assert seeds is not None
-                _fill(buffers.seeds, seeds)
-            pace = Pace(self.device)
-            for i in range(len(table)):
-                if feed is not None and table.draws[i]:
-                    feed.next()
+            _fill(self.buffers.x, x_T)
+            feed = self._set_noise(seeds, generator, len(x_T))
+            self._set_conditions(conditions or Conditions())
+        pace = Pace(self.device)
+        for i in range(len(table)):
+            with self._settings():  # not while the caller has control
+                if feed is not None:
+                    for plane in table.draws[i]:
+                        feed.next(plane)
                 self._run_step()
                 pace.step()
-                if on_step is not None:
-                    on_step(i)
-            found = decode_nonfinite(int(buffers.nonfinite.item()))
+            yield i
+            if self._chain is not chain:
+                raise RuntimeError(
+                    "another chain was begun on this sampler while one was being walked; finish one before the next"
+                )
+        with self._settings():
+            found = decode_nonfinite(int(self.buffers.nonfinite.item()))
         if found is not None:
             raise FloatingPointError(*found)
-        return buffers.x[:n].clone()
+
+    def run(
+        self, table: StepTable, x_T: Tensor, on_step: Callable[[int], None] | None = None, **options: Any
+    ) -> Tensor:
+        """Walk one chain to its end: see `steps`.
+
+        Args:
+            on_step: called with the index of each step.
+
+        Returns:
+            x_0, float32 [n, C, H, W], a copy on the device.
+        """
+        for i in self.steps(table, x_T, **options):
+            if on_step is not None:
+                on_step(i)
+        return self.buffers.x[: len(x_T)].clone()
+
+    def _set_noise(self, seeds: Tensor | None, generator: GeneratorNoise | None, n: int) -> NoiseFeed | None:
+        if self.buffers.noise is not None:
+            assert generator is not None  # a loop for generator noise is run with a generator, another with seeds
+            return NoiseFeed(generator, self.buffers.noise, n)
+        assert self.buffers.seeds is not None
+        assert seeds is not None
+        _fill(self.buffers.seeds, seeds)
+        return None
+
+    def _set_conditions(self, conditions: Conditions) -> None:
+        """Every buffer that the network or the shape has is filled; the caller gives what they ask for."""
+        buffers, n = self.buffers, self.shape.batch
+        pairs = [(buffers.known, conditions.image), (buffers.mask, conditions.mask)]
+        if not self.network.self_condition:
+            pairs.append((buffers.condition, conditions.low_res))
+        if buffers.classes is not None:
+            pairs.append((buffers.classes[:n], conditions.classes))
+        if buffers.classes is not None and self.shape.guided:
+            pairs.append((buffers.classes[n:], conditions.null_classes))
+        for buffer, values in pairs:
+            if buffer is not None:
+                assert values is not None
+                _fill(buffer, values)
+
+
+@contextmanager
+def network_settings(device: torch.device, tf32: bool) -> Iterator[None]:
+    """No gradients; on a GPU the device itself, the chosen float32 and deterministic algorithms."""
+    with torch.no_grad():
+        if device.type == "cpu":
+            yield
+            return
+        with torch.cuda.device(device), float32_precision(tf32), deterministic_convolutions():
+            yield
 
 
 @contextmanager
@@ -342,11 +397,16 @@ class NoiseFeed:
     """Puts a generator's next draw into the step's noise buffer, ahead of the replay that reads it.
 
     A CPU generator on a GPU draws into one of two pinned buffers, so that the copy of a draw overlaps the next one.
+
+    Args:
+        source: of the n images.
+        noise: the step's buffer, float32 [N, C, H, W], or a plane for each of an inpainting step's draws.
     """
 
     def __init__(self, source: GeneratorNoise, noise: Tensor, n: int):
-        self.source, self.noise = source, noise
-        self.shape = (n, *noise.shape[1:])
+        self.source = source
+        self.planes = noise.unbind() if noise.ndim == 5 else (noise,)
+        self.shape = (n, *noise.shape[-3:])
         self.pinned: list[Tensor] = []
         self.copied: list[torch.cuda.Event] = []
         self.turn = 0
@@ -354,17 +414,17 @@ class NoiseFeed:
             self.pinned = [torch.empty(self.shape, pin_memory=True) for _ in range(2)]
             self.copied = [torch.cuda.Event() for _ in range(2)]
 
-    def next(self) -> None:
-        draw = self.source.draw(self.shape)
+    def next(self, plane: int) -> None:
+        noise, draw = self.planes[plane], self.source.draw(self.shape)
         if not self.pinned:
-            _fill(self.noise, draw)
+            _fill(noise, draw)
             return
         pinned, copied = self.pinned[self.turn], self.copied[self.turn]
         copied.synchronize()  # the copy out of this buffer two draws ago
         pinned.copy_(draw)
-        self.noise[: len(pinned)].copy_(pinned, non_blocking=True)
-        _pad(self.noise, len(pinned))
-        copied.record(torch.cuda.current_stream(self.noise.device))
+        noise[: len(pinned)].copy_(pinned, non_blocking=True)
+        _pad(noise, len(pinned))
+        copied.record(torch.cuda.current_stream(noise.device))
         self.turn = 1 - self.turn
 
 

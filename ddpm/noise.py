@@ -6,6 +6,7 @@ reproduces the stream that diffusers' pipelines draw, call by call: its images d
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Iterable, Sequence
 
@@ -48,18 +49,25 @@ class GeneratorNoise:
     """Standard normal draws in the order of diffusers' `randn_tensor`.
 
     One generator draws the whole batch in one call; a list draws one image per generator. A CPU generator draws on the
-    CPU even for a network on a GPU. Always float32 and NCHW.
+    CPU even for a network on a GPU. Always NCHW.
 
     Args:
         generator: one generator, or one per image.
         n: number of images.
         device: the network's.
+        dtype: in which the numbers are drawn; a pipeline draws in its network's. They are given as float32.
 
     Raises:
         ValueError: a list of another length than n, or a CUDA generator for a network on the CPU.
     """
 
-    def __init__(self, generator: Generator | Sequence[Generator], n: int, device: torch.device):
+    def __init__(
+        self,
+        generator: Generator | Sequence[Generator],
+        n: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
         given = [generator] if isinstance(generator, Generator) else generator
         generators = list(given) if isinstance(given, Iterable) else [given]
         if not all(isinstance(g, Generator) for g in generators):
@@ -69,7 +77,7 @@ class GeneratorNoise:
         for g in generators:
             if g.device.type == "cuda" and device.type != "cuda":
                 raise ValueError(f"generator is on {g.device}, but the network is on {device}; use a CPU generator")
-        self.generators = generators
+        self.generators, self.dtype = generators, dtype
 
     @property
     def device(self) -> torch.device:
@@ -80,13 +88,19 @@ class GeneratorNoise:
         """The source of images start .. stop - 1: a slice of a list of generators; a single one is shared."""
         if len(self.generators) == 1:
             return self
-        part = object.__new__(GeneratorNoise)
+        part = copy.copy(self)
         part.generators = self.generators[start:stop]
         return part
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """float32 of `shape` [n, C, H, W], on the generators' device."""
         if len(self.generators) == 1:
-            return torch.randn(shape, generator=self.generators[0], device=self.device)
+            return torch.randn(shape, generator=self.generators[0], device=self.device, dtype=self.dtype).float()
         one = (1, *shape[1:])
-        return torch.cat([torch.randn(one, generator=g, device=g.device) for g in self.generators])
+        draws = [torch.randn(one, generator=g, device=g.device, dtype=self.dtype) for g in self.generators]
+        return torch.cat(draws).float()
+
+
+def default_generator(device: torch.device) -> Generator:
+    """The one that torch.manual_seed seeds and torch.randn(device=device) draws from."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator

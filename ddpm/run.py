@@ -6,14 +6,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ddpm import noise as noise_sources
-from ddpm.kernels.philox import PURPOSE_INITIAL, philox_normal
-from ddpm.loop import ChainShape, Loop, decide_compile
+from ddpm.conditioning import Conditions
+from ddpm.kernels.philox import PURPOSE_IMG2IMG, PURPOSE_INITIAL, philox_normal
+from ddpm.loop import ChainShape, Loop, StepBuffers, decide_compile
 from ddpm.noise import GeneratorNoise
 from ddpm.steps import StepTable
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ddpm")
 
 Callback = Callable[[int, int, Tensor], None]
+Progress: TypeAlias = bool | Callable[..., Any]
 
 
 class NonFiniteError(FloatingPointError):
@@ -61,10 +63,11 @@ class Run:
         table: the chain.
         seeds: one per image, or None with
         source: a generator's noise.
-        noise: x_T, float32 [n, C, H, W], or None.
-        classes: class embeddings, float32 [n, embedding_dim], or None.
-        condition: conditioning images, float32 [n, k, H, W], or None.
+        noise: x_T, or what noises the image that the chain starts from, float32 [n, C, H, W]; or None.
+        conditions: of the n images.
         progress, callback: see `Sampler.sample`.
+        preview: the loop keeps every step's x_0, for a callback or for who walks the steps.
+        rounding: of the reverse step, see `kernels/reverse_step.py`.
     """
 
     sampler: Sampler
@@ -74,77 +77,103 @@ class Run:
     seeds: list[int] | None
     source: GeneratorNoise | None
     noise: Tensor | None
-    classes: Tensor | None
-    condition: Tensor | None
-    progress: bool
+    conditions: Conditions
+    progress: Progress
     callback: Callback | None
+    preview: bool = False
+    rounding: str = "float32"
 
     def batches(self) -> Iterator[Batch]:
+        """Walk all chains, batch by batch."""
+        loop = self.loop()
+        starts = range(0, self.n, self.batch_size)
+        with progress_bar(len(starts) * len(self.table), self.progress) as advance:
+            for start in starts:
+                stop = min(start + self.batch_size, self.n)
+                for i in self.steps(loop, start, stop):
+                    advance()
+                    if self.callback is not None:
+                        assert loop.buffers.x_0 is not None  # the loop's shape says preview
+                        preview = loop.buffers.x_0[: stop - start].cpu().clone()
+                        self.callback(i, int(self.table.timesteps[i]), preview)
+                images = loop.buffers.x[: stop - start].to("cpu", copy=True)
+                yield Batch(start, images, None if self.seeds is None else self.seeds[start:stop])
+
+    def states(self) -> Iterator[StepBuffers]:
+        """Walk one chain of all n images, a batch; the loop's buffers after each step, the same object every time."""
+        loop = self.loop()
+        with progress_bar(len(self.table), self.progress) as advance:
+            for _ in self.steps(loop, 0, self.n):
+                advance()
+                yield loop.buffers
+
+    def loop(self) -> Loop:
+        """The sampler's loop for chains of this shape."""
         s = self.sampler
         channels, height, width = s.image_shape
+        rules = self.table.rules
         gflop = s.gflop_per_image() * self.n * len(self.table) if s.compile == "auto" else 0.0
-        compiled = decide_compile(s.compile, s.device, gflop)
         shape = ChainShape(
             batch=self.batch_size,
             channels=channels,
             height=height,
             width=width,
             capacity=max(len(self.table), s.checkpoint.schedule.num_train_timesteps),
-            clip=self.table.rules.clip,
+            clip=rules.clip,
             variance=self.table.variance,
-            threshold_ratio=self.table.rules.threshold_ratio,
-            threshold_max=self.table.rules.threshold_max,
+            threshold_ratio=rules.threshold_ratio,
+            threshold_max=rules.threshold_max,
             generator_noise=self.source is not None,
-            preview=self.callback is not None,
+            preview=self.preview or self.callback is not None,
+            rounding=self.rounding,
+            guided=self.conditions.null_classes is not None,
+            inpaint=self.conditions.mask is not None,
         )
-        loop = s.loop(shape, compiled)
-        starts = range(0, self.n, self.batch_size)
-        with progress_bar(len(starts) * len(self.table), self.progress) as advance:
-            for start in starts:
-                stop = min(start + self.batch_size, self.n)
-                images = self._chain(loop, start, stop, advance)
-                yield Batch(start, images, None if self.seeds is None else self.seeds[start:stop])
+        return s.loop(shape, decide_compile(s.compile, s.device, gflop * (2 if shape.guided else 1)))
 
-    def _chain(self, loop: Loop, start: int, stop: int, advance: Callable[[], None]) -> Tensor:
+    def steps(self, loop: Loop, start: int, stop: int) -> Iterator[int]:
+        """Walk the chain of images start .. stop - 1, step by step; the loop's buffers hold its state."""
         s = self.sampler
         seeds = None if self.seeds is None else noise_sources.seeds_to_tensor(self.seeds[start:stop]).to(s.device)
         source = None if self.source is None else self.source.images(start, stop)
-        if self.noise is not None:
-            x_T = self.noise[start:stop].to(s.device, torch.float32)
-        elif source is not None:
-            x_T = source.draw((stop - start, *s.image_shape)).to(s.device)
-        else:
-            assert seeds is not None  # a run has seeds or a generator
-            x_T = philox_normal(seeds, s.image_shape, 0, PURPOSE_INITIAL)
-
-        def on_step(i: int) -> None:
-            advance()
-            if self.callback is not None:
-                assert loop.buffers.x_0 is not None  # the loop's shape says preview
-                preview = loop.buffers.x_0[: stop - start].cpu().clone()
-                self.callback(i, int(self.table.timesteps[i]), preview)
-
-        classes, condition = (None if v is None else v[start:stop] for v in (self.classes, self.condition))
+        conditions = self.conditions.images(start, stop)
+        x_T = self._initial(seeds, source, start, stop)
+        if self.table.start is not None:
+            assert conditions.image is not None  # a chain that starts from an image has one
+            mean, std = self.table.start
+            x_T = mean * conditions.image.to(s.device) + std * x_T
         try:
-            return loop.run(
-                self.table,
-                x_T,
-                seeds=seeds,
-                generator=source,
-                classes=classes,
-                condition=condition,
-                on_step=on_step,
-            ).cpu()
+            yield from loop.steps(self.table, x_T, seeds=seeds, generator=source, conditions=conditions)
         except FloatingPointError as error:
             step, image = error.args
             seed = None if self.seeds is None else self.seeds[start + image]
             advice = "try dtype='fp32'" if s.dtype in ("fp16", "bf16") else "the checkpoint or the input x_T is damaged"
             raise NonFiniteError(step, int(self.table.timesteps[step]), start + image, seed, advice) from None
 
+    def _initial(self, seeds: Tensor | None, source: GeneratorNoise | None, start: int, stop: int) -> Tensor:
+        """Standard normal noise of images start .. stop - 1, float32 [m, C, H, W] on the device."""
+        s = self.sampler
+        if self.noise is not None:
+            return self.noise[start:stop].to(s.device, torch.float32)
+        if source is not None:
+            return source.draw((stop - start, *s.image_shape)).to(s.device)
+        assert seeds is not None  # a run has seeds or a generator
+        purpose = PURPOSE_INITIAL if self.table.start is None else PURPOSE_IMG2IMG
+        return philox_normal(seeds, s.image_shape, 0, purpose)
+
 
 @contextmanager
-def progress_bar(total: int, wanted: bool) -> Iterator[Callable[[], Any]]:
-    """Gives advance(), to be called after every step; shows steps per second on standard error."""
+def progress_bar(total: int, wanted: Progress) -> Iterator[Callable[[], Any]]:
+    """Gives advance(), to be called after every step; shows steps per second on standard error.
+
+    Args:
+        total: number of steps.
+        wanted: whether to show a bar; or what makes one, called with total=, as tqdm is.
+    """
+    if callable(wanted):
+        with wanted(total=total) as bar:
+            yield bar.update
+        return
     try:
         from tqdm import tqdm
     except ImportError:

@@ -8,23 +8,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ddpm import noise as noise_sources
 from ddpm.checkpoints import Checkpoint, load_checkpoint
-from ddpm.checks import positive_integer
-from ddpm.conditioning import check_low_res, embed_labels
+from ddpm.checkpoints.module import Schedule, load_module
+from ddpm.checks import boolean, positive_integer
+from ddpm.conditioning import (
+    Conditions,
+    check_guidance,
+    check_image,
+    check_low_res,
+    check_mask,
+    check_resample,
+    embed_labels,
+)
 from ddpm.devices import DTYPES, available_memory, resolve_device, resolve_dtype
-from ddpm.fused import fuse
+from ddpm.fused import FusedNetwork, ModuleNetwork, fuse
 from ddpm.loop import ChainShape, Loop
 from ddpm.noise import GeneratorNoise
-from ddpm.run import Batch, Callback, NonFiniteError, Run
+from ddpm.run import Batch, Callback, NonFiniteError, Progress, Run
 from ddpm.steps import step_table
 
 logger = logging.getLogger("ddpm")
 
-# Arguments of the public signature that are not built yet, each refused by name.
-NOT_YET = ("guidance_scale", "image", "mask", "strength")
 # Larger batches than this are no faster, and finish (and report) later.
 LARGEST_AUTO_BATCH = {"cpu": 16, "cuda": 256}
 
@@ -92,6 +99,45 @@ class Sampler:
         self._loops: dict[tuple[ChainShape, bool], Loop] = {}
         self._gflop_per_image: float | None = None
 
+    @classmethod
+    def from_module(
+        cls,
+        network: nn.Module,
+        schedule: Schedule,
+        image_shape: Sequence[int],
+        *,
+        compile: bool = False,
+        **rules: Any,
+    ) -> Sampler:
+        """A sampler for a network of one's own, which is used as it is, where it is and in its own dtype.
+
+        Args:
+            network: called as network(x, t) with x [N, C, H, W] and t int64 [N]; returns [N, C, H, W] (2C channels with
+                a learned variance), as a tensor or as the attribute `sample` of what it returns. On a GPU it is
+                captured in a CUDA graph: what it computes may not depend on values read back from the device.
+            schedule: betas [T], from which t runs 0 .. T-1; or a `ddpm.schedule.NoiseSchedule`.
+            image_shape: (C, H, W).
+            compile: run network and step through torch.compile, which then has to take the network as one graph.
+            rules: how it is sampled, such as prediction_type="v_prediction", variance_type="fixed_large", clip="none",
+                sampler="ddim"; see `ddpm.rules.SamplingRules`. By default it predicts epsilon, x_0 is clamped to
+                [-1, 1] and the variance is "fixed_small".
+
+        Raises:
+            ValueError: an argument is no such thing.
+        """
+        checkpoint = load_module(network, schedule, image_shape, **rules)
+        wrapped = checkpoint.network
+        assert isinstance(wrapped, ModuleNetwork)
+        dtype = next((name for name, dtype in DTYPES.items() if dtype == wrapped.dtype), None)
+        if dtype is None:
+            raise ValueError(f"network is in {wrapped.dtype}; convert it to float32, float16 or bfloat16")
+        return cls(checkpoint, device=wrapped.device, dtype=dtype, compile=boolean("compile", compile))
+
+    @property
+    def network(self) -> FusedNetwork:
+        """The fused network, on the device."""
+        return self._network
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
@@ -112,12 +158,14 @@ class Sampler:
         noise: Tensor | None = None,
         labels: Any = None,
         guidance_scale: float | None = None,
+        null_label: Any = None,
         image: Tensor | None = None,
         mask: Tensor | None = None,
+        resample: int | tuple[int, int] | None = None,
         strength: float | None = None,
         low_res: Tensor | None = None,
         batch_size: int | None = None,
-        progress: bool = True,
+        progress: Progress = True,
         callback: Callback | None = None,
     ) -> Tensor:
         """Draw n images.
@@ -136,16 +184,25 @@ class Sampler:
                 ("rederived", diffusers' use_clipped_model_output); None means the family's way.
             generator: a torch.Generator, or n of them: the noise stream of diffusers' pipelines, call by call. One
                 generator draws batch by batch, so `batch_size` is part of the result, as it is there.
-            noise: x_T, float32 [n, C, H, W]; then no initial draw is made.
+            noise: x_T, float32 [n, C, H, W]; then no initial draw is made. With `strength`, what noises the image.
             labels: of a class-conditional network: one class number, or n of them (a network with "identity" class
                 embeddings takes them, [n, embedding_dim]).
+            guidance_scale: of classifier-free guidance (Ho and Salimans 2022): the network's output is
+                null + guidance_scale (conditional - null). 1 and None are none at all.
+            null_label: with it, the class that the training used for "no class"; given as `labels` is.
+            image: float [n or 1, C, H, W] in [-1, 1], with
+            mask: 1 (or True) where the image is known, 0 where it is to be painted, [H, W] or [n or 1, C or 1, H, W]:
+                inpainting by RePaint (Lugmayr et al. 2022, algorithm 1). The known region comes back as it was given.
+                Or with
+            strength: above 0 and up to 1: SDEdit (Meng et al. 2022), the last int(strength steps) steps of the chain,
+                from the noised image. With a mask both.
+            resample: of inpainting: how often each part of the chain is walked, or (passes, length of such a part); a
+                part has 10 steps by default. None is once, without jumps back; the paper has 250 steps and resample=10.
             low_res: of a super-resolution network: the images to enlarge, float [n, C, h, w] in [-1, 1].
             batch_size: images per pass; None chooses by available memory (with one generator: n, as diffusers would).
-            progress: show a bar with steps per second.
+            progress: show a bar with steps per second; or what makes a bar, called with total=, as tqdm is.
             callback: called as callback(step, timestep, x0_preview) after every step, with the network's current
                 guess of x_0, float32 [m, C, H, W] on the CPU.
-
-        Not built yet, and refused: guidance_scale, image, mask, strength.
 
         Returns:
             float32 [n, C, H, W] in [-1, 1] where the checkpoint clips x_0, on the CPU.
@@ -172,10 +229,9 @@ class Sampler:
 
     def stream(self, n: int = 1, **options: Any) -> Iterator[Batch]:
         """Like `sample`, but gives each batch as soon as it is finished. Arguments are checked before the first."""
-        run = self._plan(n, **options)
-        return run.batches()
+        return self.plan(n, **options).batches()
 
-    def _plan(
+    def plan(
         self,
         n: int,
         *,
@@ -189,17 +245,21 @@ class Sampler:
         generator: Generator | Sequence[Generator] | None = None,
         noise: Tensor | None = None,
         labels: Any = None,
+        guidance_scale: float | None = None,
+        null_label: Any = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        resample: int | tuple[int, int] | None = None,
+        strength: float | None = None,
         low_res: Tensor | None = None,
         batch_size: int | None = None,
-        progress: bool = True,
+        progress: Progress = True,
         callback: Callback | None = None,
         **others: Any,
     ) -> Run:
-        for name, value in others.items():
-            if name not in NOT_YET:
-                raise ValueError(f"sample() has no argument {name!r}")
-            if value is not None:
-                raise ValueError(f"{name}={value!r} is not supported yet: this version samples without it")
+        """Check a request; the arguments are those of `sample`. Its batches are drawn by `Run.batches`."""
+        for name in others:
+            raise ValueError(f"sample() has no argument {name!r}")
         positive_integer("n", n)
         if batch_size is not None:
             positive_integer("batch_size", batch_size)
@@ -209,10 +269,36 @@ class Sampler:
             raise ValueError(f"noise must be a torch.Tensor; got {type(noise).__name__}")
         if noise is not None and tuple(noise.shape) != (n, *self.image_shape):
             raise ValueError(f"noise has shape {list(noise.shape)}; expected x_T of shape {[n, *self.image_shape]}")
-        network, rules = self.checkpoint.network, self.checkpoint.rules
-        table = step_table(self.checkpoint.schedule, rules, steps, timesteps, spacing, sampler, eta, ddim_epsilon)
-        classes = embed_labels(network, labels, n)
-        condition = check_low_res(network, low_res, n, self.checkpoint.sample_size)
+        if image is None:
+            for name, value in (("mask", mask), ("strength", strength), ("resample", resample)):
+                if value is not None:
+                    raise ValueError(f"{name} was given without image=, the image that it is about")
+        elif mask is None and strength is None:
+            raise ValueError("image needs mask= (to paint the rest of it) or strength= (to start from it)")
+        if mask is None and resample is not None:
+            raise ValueError("resample belongs to inpainting; pass mask= with it, or leave it out")
+        network, checkpoint = self.checkpoint.network, self.checkpoint
+        guidance, null_classes = check_guidance(network, guidance_scale, null_label, n)
+        conditions = Conditions(
+            classes=embed_labels(network, labels, n),
+            null_classes=null_classes,
+            low_res=check_low_res(network, low_res, n, checkpoint.sample_size),
+            image=None if image is None else check_image(image, n, self.image_shape),
+            mask=None if mask is None else check_mask(mask, n, self.image_shape),
+        )
+        table = step_table(
+            checkpoint.schedule,
+            checkpoint.rules,
+            steps,
+            timesteps,
+            spacing,
+            sampler,
+            eta,
+            ddim_epsilon,
+            guidance=guidance,
+            strength=strength,
+            resample=None if mask is None else check_resample(resample),
+        )
         source = None if generator is None else GeneratorNoise(generator, n, self.device)
         checked = None
         if source is None:
@@ -222,13 +308,17 @@ class Sampler:
         self.last_seeds = checked
         if batch_size is None:
             whole = source is not None and len(source.generators) == 1
-            batch_size = n if whole else self._auto_batch(n)
+            batch_size = n if whole else self._auto_batch(n, passes=1 if null_classes is None else 2)
         batch_size = min(batch_size, n)
-        return Run(self, n, table, batch_size, checked, source, noise, classes, condition, progress, callback)
+        return Run(self, n, table, batch_size, checked, source, noise, conditions, progress, callback)
 
-    def _auto_batch(self, n: int) -> int:
-        """The largest batch that memory allows, evened out over the batches that n needs."""
-        fits = int(0.7 * available_memory(self.device)) // self._bytes_per_image()
+    def _auto_batch(self, n: int, passes: int) -> int:
+        """The largest batch that memory allows, evened out over the batches that n needs.
+
+        Args:
+            passes: how often the network sees each image at once, 2 with guidance.
+        """
+        fits = int(0.7 * available_memory(self.device)) // (passes * self._bytes_per_image())
         largest = max(1, min(LARGEST_AUTO_BATCH[self.device.type], fits))
         batches = -(-n // largest)
         return -(-n // batches)

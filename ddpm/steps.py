@@ -5,8 +5,9 @@ Every sampler of the project is an instance of one step form (`kernels/reverse_s
     x_0 = f((kx x_t + ke out) / kd)
     x_{t-1} = c0 x_0 + cx x_t + ce out + s z
 
-with `out` the network's output, f a clip and z standard normal. This file decides which steps there are, which of them
-draw noise, and what the network is told; `coefficients.py` computes the rows; nothing after them knows a schedule.
+with `out` the network's output, f a clip and z standard normal. This file decides which steps there are and in which
+order, which of them draw noise, and what the network is told; `coefficients.py` computes the rows; nothing after them
+knows a schedule. An inpainting chain (RePaint) walks some of its steps several times, and has a row for each time.
 """
 
 from __future__ import annotations
@@ -19,10 +20,17 @@ import torch
 from torch import Tensor
 
 from ddpm.checks import is_integer, one_of
-from ddpm.coefficients import ancestral_row, ddim_row
+from ddpm.coefficients import ancestral_row, conditioning_columns, ddim_row
+from ddpm.kernels.reverse_step import COLUMNS, PLANES
 from ddpm.rules import SAMPLERS, SamplingRules
 from ddpm.schedule import NoiseSchedule
-from ddpm.timesteps import DIFFUSERS_SPACINGS, check_timesteps, respaced_timesteps, spaced_timesteps
+from ddpm.timesteps import (
+    DIFFUSERS_SPACINGS,
+    check_timesteps,
+    repaint_walk,
+    respaced_timesteps,
+    spaced_timesteps,
+)
 
 
 @dataclass(frozen=True)
@@ -31,21 +39,30 @@ class StepTable:
 
     Attributes:
         timesteps: int64 [S], of the training schedule.
-        network_timesteps: what the network is told: int64 [S], or float32 [S] where the family rescales them.
+        distinct: what the network is told, each once: int64 [U], or float32 [U] where the family rescales timesteps.
+        time_rows: int64 [S], which of them it is told at step i.
         coefficients: float32 [S, len(COLUMNS)], on the CPU; see `kernels/reverse_step.py` for the columns.
-        draws: whether step i draws noise from a generator; one that does not leaves the generator's stream alone. A
-            step may draw without adding: its s is 0.
+        draws: what step i draws from a generator, in order: indices into PLANES of `kernels/reverse_step.py`. A step
+            that draws nothing leaves the generator's stream alone. One may draw without adding: its s is 0.
         rules: those of this chain: sampler and clip are what really happens.
+        start: (mean, std) that noise the image from which the chain starts; None where it starts from noise alone.
     """
 
     timesteps: Tensor
-    network_timesteps: Tensor
+    distinct: Tensor
+    time_rows: Tensor
     coefficients: Tensor
-    draws: tuple[bool, ...]
+    draws: tuple[tuple[int, ...], ...]
     rules: SamplingRules
+    start: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.draws)
+
+    @property
+    def network_timesteps(self) -> Tensor:
+        """What the network is told at each step, [S]."""
+        return self.distinct[self.time_rows]
 
     @property
     def variance(self) -> str:
@@ -63,6 +80,10 @@ def step_table(
     sampler: str | None = None,
     eta: float | None = None,
     ddim_epsilon: str | None = None,
+    *,
+    guidance: float = 1.0,
+    strength: float | None = None,
+    resample: tuple[int, int] | None = None,
 ) -> StepTable:
     """The chain that a checkpoint's family would walk.
 
@@ -75,6 +96,9 @@ def step_table(
         spacing: of `steps` steps, one of `ddpm.timesteps.SPACINGS`, instead of the family's.
         sampler: "ddpm", "ddim", or None for the family's choice.
         eta, ddim_epsilon: of DDIM; None is the family's.
+        guidance: scale of classifier-free guidance.
+        strength: walk the last int(strength S) steps only, from a noised image (SDEdit, Meng et al. 2022).
+        resample: of inpainting, (passes, jump), see `repaint_walk`; None means no inpainting.
 
     Raises:
         ValueError: an argument out of range, or two that exclude each other.
@@ -106,20 +130,46 @@ def step_table(
         if sampler == "ddim" and rules.convention == "diffusers" and spacing in DIFFUSERS_SPACINGS:
             lag = total // count
 
+    start = None
+    if strength is not None:
+        chain = chain[len(chain) - _started(len(chain), strength) :]
+        alpha_bar = float(schedule.alphas_cumprod[chain[0]])
+        start = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+
+    rising = chain[::-1]  # state i of the walk is x at the i-th least noisy timestep
+    levels = [*schedule.alphas_cumprod[rising], torch.ones((), dtype=schedule.alphas_cumprod.dtype)]  # [-1]: clean
     rows, draws = [], []
-    for i, (t, following) in enumerate(zip(chain, [*chain[1:], -1], strict=True)):
-        last = i + 1 == len(chain)
-        a = schedule.alphas_cumprod[t]
-        p = _alpha_bar_after(schedule, rules, t - lag if lag else following)
+    walk = repaint_walk(len(chain), *(resample or (1, 1)))
+    for state, after in walk:
+        t, reached = rising[state], state - 1
+        last = reached < 0
+        p = _alpha_bar_after(schedule, rules, t - lag if lag else -1 if last else rising[reached])
         if sampler == "ddim":
-            rows.append(ddim_row(a, p, rules))
+            row = ddim_row(levels[state], p, rules)
         else:
-            rows.append(ancestral_row(a, p, rules, noisy=_adds_noise(rules, t, last=last)))
-        draws.append(_draws(rules, t, last=last))
-    told = torch.tensor(chain)
+            before = levels[state + 1] if last and rules.convention == "openai" and len(rising) > 1 else None
+            row = ancestral_row(levels[state], p, rules, noisy=_adds_noise(rules, t, last=last), before=before)
+        for name, value in conditioning_columns(levels[reached], levels[after], guidance).items():
+            row[COLUMNS.index(name)] = value
+        rows.append(row)
+        drawn = {"step": _draws(rules, t, last=last), "known": resample and not last, "jump": after != reached}
+        draws.append(tuple(plane for plane, name in enumerate(PLANES) if drawn[name]))
+    visited = torch.tensor([rising[state] for state, _ in walk])
+    distinct, time_rows = visited.unique(return_inverse=True)  # an inpainting chain visits its timesteps many times
     if rules.rescale_timesteps:
-        told = told.float() * (1000.0 / total)
-    return StepTable(torch.tensor(chain), told, torch.stack(rows), tuple(draws), rules)
+        distinct = distinct.float() * (1000.0 / total)
+    return StepTable(visited, distinct, time_rows, torch.stack(rows), tuple(draws), rules, start)
+
+
+def _started(length: int, strength: float) -> int:
+    """How many steps of the chain an SDEdit run walks."""
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not number or not 0 < strength <= 1:
+        raise ValueError(f"strength must be a number above 0 (the image as it is) and at most 1; got {strength!r}")
+    steps = int(length * strength)
+    if not steps:
+        raise ValueError(f"strength={strength} leaves none of the chain's {length} steps; take more of them")
+    return steps
 
 
 def _of_this_chain(rules: SamplingRules, sampler: str, eta: float | None, ddim_epsilon: str | None) -> SamplingRules:

@@ -139,3 +139,35 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> list[
     if not 0 <= result[-1] <= result[0] < num_train_timesteps:
         raise ValueError(f"timesteps must lie in 0 .. {num_train_timesteps - 1}; got {result[0]} .. {result[-1]}")
     return result
+
+
+def repaint_walk(length: int, passes: int, jump: int) -> list[tuple[int, int]]:
+    """RePaint's walk over a chain (Lugmayr et al. 2022, section 4.2 and appendix B): which steps, and where they end.
+
+    States are numbered by noise, -1 clean, length - 1 the noisiest; a step lowers the state by one. From the states 0,
+    jump, 2 jump ... below length - jump the chain then goes back up by `jump`, passes - 1 times each.
+
+    Args:
+        length: of the chain, S.
+        passes: how often each part of the chain is walked; 1 is a plain chain.
+        jump: length of such a part.
+
+    Returns:
+        (state before, state after the step and its jump), S + (passes - 1) jump (number of such states) of them.
+
+    Raises:
+        ValueError: jumps are asked for and the chain is too short for any.
+    """
+    jumps = dict.fromkeys(range(0, length - jump, jump), passes - 1)
+    if passes > 1 and not jumps:
+        raise ValueError(f"a chain of {length} steps is too short to jump back by {jump}; take more steps")
+    walk = []
+    state = length - 1
+    while state >= 0:
+        after = state - 1
+        if jumps.get(after, 0):
+            jumps[after] -= 1
+            after += jump
+        walk.append((state, after))
+        state = after
+    return walk

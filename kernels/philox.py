@@ -27,6 +27,7 @@ PURPOSE_INITIAL = 0  # x_T
 PURPOSE_STEP = 1  # z of a reverse step
 PURPOSE_KNOWN_REGION = 2  # noising of the known part of an image, for inpainting
 PURPOSE_IMG2IMG = 3  # noising of the image that a chain starts from
+PURPOSE_JUMP = 4  # forward jump of an inpainting chain
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from ddpm.fused.module import ModuleNetwork
 from ddpm.lucidrains import LucidrainsUNet
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
 from ddpm.unet import UNet
 
-Network: TypeAlias = UNet | LucidrainsUNet
+Network: TypeAlias = UNet | LucidrainsUNet | ModuleNetwork
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Checkpoint:
     """A loaded checkpoint, whatever its family.
 
     Attributes:
-        family: "diffusers", "guided-diffusion", "ho" or "lucidrains".
-        source: the path or hub id it came from.
-        network: the reference network, float32 on the CPU, in evaluation mode.
+        family: "diffusers", "guided-diffusion", "ho", "lucidrains", or "module": somebody's own network.
+        source: the path or hub id it came from, or the class of a module.
+        network: the reference network, float32 on the CPU, in evaluation mode; a module as it was given.
         schedule: in the family's precision.
         rules: the family's own sampling defaults.
         sample_size: (H, W) of its images.

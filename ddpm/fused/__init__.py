@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpm.fused.layers import GroupNormSiLU, LayerPath, RMSNormSiLU, TimePath
 from ddpm.fused.lucidrains import FusedLucidrains
+from ddpm.fused.module import ModuleNetwork
 from ddpm.fused.unet import FusedUNet
 from ddpm.lucidrains import LucidrainsUNet
 from ddpm.unet import UNet
@@ -19,22 +20,38 @@ __all__ = [
     "FusedUNet",
     "GroupNormSiLU",
     "LayerPath",
+    "ModuleNetwork",
     "RMSNormSiLU",
     "TimePath",
     "fuse",
 ]
 
 
+class TimeTable(Protocol):
+    """What a network knows of the timesteps alone, a row per step; see `TimePath`."""
+
+    conditional: bool
+
+    @property
+    def embedding_dim(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
+
+    def table(self, timesteps: Tensor) -> Tensor: ...
+
+
 class FusedNetwork(Protocol):
     """What the sampling loop needs of a network.
 
     Attributes:
-        time: the time path, which makes the table of rows.
+        time: makes the table of rows.
         condition_channels: channels of the conditioning image that the network sees beside x_t; 0 for none.
         self_condition: that image is the previous step's x_0.
     """
 
-    time: TimePath
+    @property
+    def time(self) -> TimeTable: ...
 
     @property
     def condition_channels(self) -> int: ...
@@ -49,6 +66,8 @@ class FusedNetwork(Protocol):
     def explain(self, device: torch.device) -> list[LayerPath]: ...
 
 
-def fuse(reference: UNet | LucidrainsUNet, dtype: torch.dtype = torch.float32) -> FusedNetwork:
-    """The fused form of a reference network."""
+def fuse(reference: UNet | LucidrainsUNet | ModuleNetwork, dtype: torch.dtype = torch.float32) -> FusedNetwork:
+    """The fused form of a reference network; a module of somebody's own stays as it is."""
+    if isinstance(reference, ModuleNetwork):
+        return reference
     return FusedLucidrains(reference, dtype) if isinstance(reference, LucidrainsUNet) else FusedUNet(reference, dtype)

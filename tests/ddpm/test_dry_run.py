@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 import ddpm
 from ddpm.checkpoints import load_checkpoint
+from ddpm.conditioning import Conditions
 from ddpm.fused import FusedUNet, GroupNormSiLU, RMSNormSiLU, fuse
 from ddpm.kernels.philox import PURPOSE_INITIAL, philox_normal
 from ddpm.kernels.reverse_step import NONFINITE_NONE
@@ -82,10 +83,10 @@ def reference(name: str) -> UNet | LucidrainsUNet:
 
 
 @cache
-def table(variance_type: str, clip: str = "clamp") -> StepTable:
+def table(variance_type: str, clip: str = "clamp", resample: tuple[int, int] | None = None) -> StepTable:
     betas = torch.linspace(1e-4, 0.02, 1000)
     rules = SamplingRules(variance_type=variance_type, clip=clip, threshold_max=2.0)
-    return step_table(NoiseSchedule.from_betas(betas), rules, STEPS)
+    return step_table(NoiseSchedule.from_betas(betas), rules, STEPS, resample=resample)
 
 
 @dataclass
@@ -103,10 +104,23 @@ class DryRun:
 
 
 def dry_run(
-    arch: int, name: str, batch: int, size: int, dtype: torch.dtype, noise: str, preview: bool = False
+    arch: int,
+    name: str,
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    noise: str,
+    preview: bool = False,
+    *,
+    guided: bool = False,
+    inpaint: bool = False,
 ) -> DryRun:
-    """Run a chain of STEPS steps as `Sampler` does, with noise from "seeds" or from a CPU "generator"."""
-    steps = table("learned_range" if reference(name).config.out_channels == 6 else "fixed_small")
+    """Run a chain of STEPS steps as `Sampler` does, with noise from "seeds" or from a CPU "generator".
+
+    An inpainting chain jumps back once, by one step.
+    """
+    variance_type = "learned_range" if reference(name).config.out_channels == 6 else "fixed_small"
+    steps = table(variance_type, resample=(2, STEPS - 1) if inpaint else None)
     fused = fuse(reference(name), dtype)
     shape = ChainShape(
         batch=batch,
@@ -120,6 +134,8 @@ def dry_run(
         threshold_max=steps.rules.threshold_max,
         generator_noise=noise == "generator",
         preview=preview,
+        guided=guided,
+        inpaint=inpaint,
     )
     norms: list[list[str]] = []
     with dry_cuda(arch) as dry:
@@ -129,21 +145,24 @@ def dry_run(
                 _record_launches(module, dry, norms)
         loop = Loop(fused, shape, DEVICE, compiled=False)
         dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
-        given = {}
-        if loop.buffers.classes is not None:
-            given["classes"] = torch.zeros_like(loop.buffers.classes)
-        if loop.buffers.condition is not None and not fused.self_condition:
-            given["condition"] = torch.zeros_like(loop.buffers.condition)
+        buffers = loop.buffers
+        conditions = Conditions(
+            classes=None if buffers.classes is None else torch.zeros_like(buffers.classes[:batch]),
+            null_classes=torch.zeros_like(buffers.classes[batch:]) if guided else None,
+            low_res=None if buffers.condition is None else torch.zeros_like(buffers.condition),
+            image=torch.zeros_like(buffers.x) if inpaint else None,
+            mask=torch.zeros_like(buffers.mask) if inpaint else None,
+        )
         if noise == "seeds":
             seeds = seeds_to_tensor(range(batch)).to(DEVICE)
             x = philox_normal(seeds, (3, size, size), 0, PURPOSE_INITIAL)
             first = len(dry.launches)
-            images = loop.run(steps, x, seeds=seeds, **given)
+            images = loop.run(steps, x, seeds=seeds, conditions=conditions)
         else:
             generator = GeneratorNoise(torch.Generator().manual_seed(0), batch, DEVICE)
             first = len(dry.launches)
             x = generator.draw((batch, 3, size, size)).to(DEVICE)
-            images = loop.run(steps, x, generator=generator, **given)
+            images = loop.run(steps, x, generator=generator, conditions=conditions)
         assert (images.shape, images.dtype, images.device) == ((batch, 3, size, size), torch.float32, DEVICE)
     captured = [launch.name for launch in dry.captures[0].launches]
     # twice to warm up, once to capture, and then nothing but replays
@@ -170,7 +189,8 @@ def check(run: DryRun) -> None:
     """What holds for every network: one capture, the fused kernels in order, nothing spilled, the counter last."""
     dry, capture = run.dry, run.capture
     assert run.loop.captures == 1
-    assert capture.replays == STEPS
+    jumps = 1 if run.loop.shape.inpaint else 0  # back to the start, but for one step
+    assert capture.replays == STEPS + jumps * (STEPS - 1)
     assert dry.reads == 1  # the flag of non-finite outputs, at the end
     count = sum(isinstance(module, NORMS) for module in run.loop.network.modules())
     assert len(run.norms) == count
@@ -193,6 +213,20 @@ def test_a_chain(arch, name, noise):
     run = dry_run(arch, name, 3, 16, dtype, noise, preview=noise == "generator")
     check(run)
     assert (run.loop.buffers.seeds is None) == (noise == "generator")
+
+
+@pytest.mark.parametrize("noise", ["seeds", "generator"])
+@pytest.mark.parametrize(("guided", "inpaint"), [(True, False), (False, True), (True, True)])
+def test_a_conditioned_chain_is_one_captured_step(guided, inpaint, noise):
+    """Guidance and RePaint's jumps add no launch but the doubling of the batch, and no host read."""
+    plain, run = (
+        dry_run(90, "guided", 2, 16, torch.float16, noise, guided=guided and on, inpaint=inpaint and on)
+        for on in (False, True)
+    )
+    check(run)
+    added = len(run.capture.ops) - len(plain.capture.ops)
+    assert added == (1 if guided else 0), (run.capture.ops, plain.capture.ops)
+    assert len(run.capture.launches) == len(plain.capture.launches)
 
 
 @pytest.mark.parametrize("name", ["guided", "super-resolution", "ho", "lucidrains", "lucidrains, GroupNorm"])

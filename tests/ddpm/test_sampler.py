@@ -14,7 +14,6 @@ from ddpm import loop as loops
 from ddpm import sampler as samplers
 from ddpm.fused import GroupNormSiLU
 from ddpm.loop import decide_compile
-from ddpm.sampler import NOT_YET
 from tests.helpers import save_tiny
 
 CPU = torch.device("cpu")
@@ -349,12 +348,6 @@ def test_nan_that_begins_later_is_reported_with_that_step(checkpoint):
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-def test_what_is_not_built_yet_is_refused_by_name(sampler, name):
-    with pytest.raises(ValueError, match=f"{name}=0.5 is not supported yet"):
-        sample(sampler, 1, **{name: 0.5})
 
 
 def test_the_ddpm_sampler_may_be_named(sampler):

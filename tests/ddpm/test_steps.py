@@ -117,17 +117,17 @@ def test_the_last_step_of_a_chain_that_ends_above_zero_draws():
     rules = SamplingRules(variance_type="fixed_large", timestep_spacing="trailing")
     table = step_table(linear(), rules, 50)
     assert int(table.timesteps[-1]) == 19
-    assert table.draws == (True,) * 50
+    assert table.draws == ((0,),) * 50
     assert float(table.coefficients[-1, COLUMNS.index("s")]) == pytest.approx(0.076, abs=1e-3)
     leading = step_table(linear(), SamplingRules(), 50)
-    assert leading.draws == (True,) * 49 + (False,)
+    assert leading.draws == ((0,),) * 49 + ((),)
     assert float(leading.coefficients[-1, COLUMNS.index("s")]) == 0.0
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 def test_a_learned_variance_does_not_draw_at_zero(variance):
     table = step_table(linear(), SamplingRules(variance_type=variance), 10)
-    assert table.draws[-1] is False
+    assert table.draws[-1] == ()
     assert float(table.coefficients[-1, COLUMNS.index("s")]) == 0.0
     assert table.variance == variance
 
@@ -177,7 +177,7 @@ def test_one_ddim_step_equals_diffusers(eta, total, steps, prediction_type, epsi
     scheduler = DDIMScheduler(**settings)
     scheduler.set_timesteps(steps)
     assert table.timesteps.tolist() == scheduler.timesteps.tolist()
-    assert table.draws == (eta > 0,) * steps
+    assert table.draws == ((0,) if eta > 0 else (),) * steps
     for i, t in enumerate(scheduler.timesteps):
         g = torch.Generator().manual_seed(i)
         x, out, noise = (torch.randn(2, 3, 4, 4, generator=g) for _ in range(3))

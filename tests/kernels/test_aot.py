@@ -65,10 +65,10 @@ def test_philox_normal(arch, shape, purpose):
 
 
 @pytest.mark.parametrize(
-    ("arch", "channels", "clip", "variance", "noise", "preview", "dtype", "layout"),
+    ("arch", "channels", "clip", "variance", "noise", "preview", "dtype", "layout", "conditions", "rounding"),
     thinned(
-        5,
-        23,
+        67,
+        211,
         (3, 1),
         ("none", "clamp", "dynamic"),
         ("fixed", "learned", "learned_range"),
@@ -76,22 +76,30 @@ def test_philox_normal(arch, shape, purpose):
         (False, True),
         (torch.float32, torch.float16),
         LAYOUTS,
+        ("none", "guided", "inpaint", "both"),
+        ("float32", "float16", "bfloat16"),
     ),
 )
-def test_reverse_step(arch, channels, clip, variance, noise, preview, dtype, layout):
+def test_reverse_step(arch, channels, clip, variance, noise, preview, dtype, layout, conditions, rounding):
     n, size = 4, 32
+    images = 2 * n if conditions in ("guided", "both") else n
+    inpaint = conditions in ("inpaint", "both")
     with dry_cuda(arch) as dry:
+        state = tensor(n, channels, size, size)
         reverse_step(
-            tensor(n, channels, size, size),
-            tensor(n, channels if variance == "fixed" else 2 * channels, size, size, dtype=dtype, layout=layout),
+            state,
+            tensor(images, channels if variance == "fixed" else 2 * channels, size, size, dtype=dtype, layout=layout),
             torch.empty(1000, len(COLUMNS), device=DEVICE),
             torch.empty(1, dtype=torch.int64, device=DEVICE),
             torch.empty(1, dtype=torch.int64, device=DEVICE),
             clip=clip,
             variance=variance,
+            rounding=rounding,
             seeds=torch.empty(n, dtype=torch.int64, device=DEVICE) if noise == "seeds" else None,
-            noise=tensor(n, channels, size, size) if noise == "noise" else None,
+            noise=torch.empty(*([3] if inpaint else []), *state.shape, device=DEVICE) if noise == "noise" else None,
             x0=tensor(n, channels, size, size) if preview else None,
+            known=torch.empty_like(state) if inpaint else None,
+            mask=torch.empty(state.shape, dtype=torch.uint8, device=DEVICE) if inpaint else None,
         )
     assert [launch.op for launch in dry.launches] == ["reverse_step"]
     check(dry)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ddpm.kernels import backend
-from ddpm.kernels.philox import PURPOSE_STEP, philox_normal
+from ddpm.kernels.philox import PURPOSE_JUMP, PURPOSE_KNOWN_REGION, PURPOSE_STEP, philox_normal
 from ddpm.kernels.reverse_step import (
     CLIPS,
     COLUMNS,
     NONFINITE_NONE,
+    PLANES,
     VARIANCES,
     decode_nonfinite,
     dynamic_threshold,
@@ -25,19 +26,22 @@ from tests.tolerances import assert_as_exact_as_torch
 
 SHAPES = [(3, 3, 5, 5), (1, 1, 7, 7), (2, 3, 16, 16), (1, 2, 1, 3)]  # 75, 49, 768 and 6 elements an image
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-# Rows of an epsilon-prediction chain: the usual step, one without noise, DDIM with its own ce, and zero-SNR (kd = 0).
+# Rows of an epsilon-prediction chain: the usual step, one without noise, DDIM with its own ce, zero-SNR (kd = 0), and a
+# step that jumps back. All but "last" add noise to a known region.
 ROWS = {
     "ddpm": {"kx": 1.0, "ke": -0.8, "kd": 0.6, "c0": 0.3, "cx": 0.72, "s": 0.25},
-    "last": {"kx": 1.0, "ke": -0.01, "kd": 0.999, "c0": 1.0},
+    "last": {"kx": 1.0, "ke": -0.01, "kd": 0.999, "c0": 1.0, "known_mean": 1.0, "known_std": 0.0},
     "ddim": {"kx": 1.0, "ke": -0.8, "kd": 0.6, "c0": 0.7, "ce": 0.71},
     "zero_snr": {"kx": 1.0, "ke": -1.0, "kd": 0.0, "c0": 0.5, "cx": 0.1, "s": 1.0},
+    "jump": {"kx": 1.0, "ke": -0.8, "kd": 0.6, "c0": 0.3, "cx": 0.72, "s": 0.25, "jump_mean": 0.9, "jump_std": 0.4},
 }
 STEP = {name: i for i, name in enumerate(ROWS)}
 
 
 def make_table(**columns: float) -> Tensor:
     """One row for each of ROWS, float32 [rows, len(COLUMNS)]; `columns` overrides."""
-    defaults = dict.fromkeys(COLUMNS, 0.0) | {"log_min": -4.0, "log_max": -2.0, "clip": 1.0}
+    defaults = dict.fromkeys(COLUMNS, 0.0) | {"log_min": -4.0, "log_max": -2.0, "clip": 1.0, "guidance": 2.5}
+    defaults |= {"known_mean": 0.8, "known_std": 0.6, "jump_mean": 1.0}
     return torch.tensor([[(defaults | row | columns)[c] for c in COLUMNS] for row in ROWS.values()])
 
 
@@ -55,10 +59,14 @@ class Case:
         n, c, h, w = shape
         channels = c if options.get("variance", "fixed") == "fixed" else 2 * c
         self.x_t = normal(*shape).to(device)
-        out = normal(n, channels, h, w)
+        out = normal(2 * n if options.pop("guided", False) else n, channels, h, w)
         out[:, c:] = torch.rand(out[:, c:].shape, generator=generator) * 0.9 + 0.05
         self.out = out.to(device, self.dtype).contiguous(memory_format=self.layout)
         self.noise = normal(*shape).to(device)
+        if options.pop("inpaint", False):
+            self.noise = normal(len(PLANES), *shape).to(device)
+            known, mask = normal(*shape).to(device), torch.rand(shape, generator=generator) < 0.4
+            options |= {"known": known, "mask": mask.to(device, torch.uint8)}
         self.seeds = torch.tensor([17 * i - 5 for i in range(n)], dtype=torch.int64, device=device)
         self.table = make_table(**options.pop("columns", {})).to(device)
         self.counter = torch.tensor([STEP[step]], device=device)
@@ -82,7 +90,8 @@ class Case:
         state = self.x_t.double()
         flag = torch.tensor([NONFINITE_NONE], device=state.device)
         args = (self.out.double(), self.table.double(), self.counter, flag)
-        reverse_step_ref(state, *args, noise=self.noise.double(), **self.options)
+        known = {name: self.options[name].double() for name in ("known",) if name in self.options}
+        reverse_step_ref(state, *args, noise=self.noise.double(), **(self.options | known))
         return state
 
     @property
@@ -99,6 +108,93 @@ def test_the_kernel_has_the_references_bits(shape, clip, layout, device):
     assert torch.equal(case.run(), expected)
     assert torch.equal(case.x0, expected_x0)
     assert case.found is None
+
+
+CONDITIONED = {
+    "guided": {"guided": True},
+    "guided, learned": {"guided": True, "variance": "learned_range", "layout": "nhwc", "columns": {"s": 1.0}},
+    "guided, dynamic": {"guided": True, "clip": "dynamic", "dtype": torch.float16},
+    "inpainting": {"inpaint": True},
+    "both": {"inpaint": True, "guided": True, "layout": "nhwc", "clip": "none"},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", CONDITIONED.values(), ids=CONDITIONED.keys())
+@pytest.mark.parametrize("step", ["ddpm", "last", "jump"])
+def test_a_conditioned_step_has_the_references_bits_and_float64s_values(shape, options, step, device):
+    if step != "ddpm":
+        options = {name: value for name, value in options.items() if name != "columns"}
+    case = Case(device, shape, step=step, **options)
+    plain = case.run(reverse_step_ref).clone()
+    if options.get("variance") is None:  # exp is not rounded alike everywhere
+        assert torch.equal(case.run(), plain)
+    assert_as_exact_as_torch(case.run(), plain, case.exact())
+    assert case.found is None
+
+
+def test_guidance_against_the_formula():
+    case = Case("cpu", guided=True, variance="learned", columns={"s": 0.5})
+    conditional, null = case.out.double().chunk(2)
+    alone = Case("cpu", variance="learned", columns={"s": 0.5})
+    alone.out, alone.noise = null[:, :3] + 2.5 * (conditional - null)[:, :3], case.noise
+    alone.out = torch.cat([alone.out, conditional[:, 3:]], dim=1)  # the variance is the conditional one's
+    torch.testing.assert_close(case.exact(), alone.exact(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", ["ddpm", "last", "jump"])
+def test_inpainting_against_the_formula(step):
+    """RePaint, algorithm 1: q(x_{t-1} | x_0) where known; then q of the noisier state, over all."""
+    case = Case("cpu", step=step, inpaint=True)
+    k = dict(zip(COLUMNS, case.table[STEP[step]].double().tolist(), strict=True))
+    known, mask = case.options["known"].double(), case.options["mask"].bool()
+    plain = Case("cpu", step=step)
+    plain.noise = case.noise[0]
+    noised = k["known_mean"] * known + k["known_std"] * case.noise[1].double()
+    expected = torch.where(mask, noised, plain.exact())
+    if step == "jump":
+        expected = k["jump_mean"] * expected + k["jump_std"] * case.noise[2].double()
+    torch.testing.assert_close(case.exact(), expected, rtol=1e-12, atol=1e-12)
+    if step == "last":
+        assert torch.equal(case.run(reverse_step_ref)[mask], case.options["known"][mask])
+
+
+@pytest.mark.parametrize("function", [reverse_step, reverse_step_ref])
+def test_the_null_half_is_looked_at_for_nan_too(function, device):
+    case = Case(device, guided=True)
+    case.out[3 + 1, 0, 0, 0] = float("nan")
+    case.run(function)
+    assert case.found == (STEP["ddpm"], 1)
+
+
+def test_each_draw_of_an_inpainting_step_is_a_stream_of_its_own(device):
+    case = Case(device, step="jump", inpaint=True)
+    drawn = case.run(noise="seeds").clone()
+    purposes = (PURPOSE_STEP, PURPOSE_KNOWN_REGION, PURPOSE_JUMP)
+    case.noise = torch.stack([philox_normal(case.seeds, (3, 5, 5), case.counter, purpose) for purpose in purposes])
+    assert torch.equal(case.run(), drawn)
+
+
+@pytest.mark.parametrize("function", [reverse_step, reverse_step_ref])
+def test_an_inpainting_step_does_not_look_at_noise_that_it_does_not_add(function, device):
+    case = Case(device, step="last", inpaint=True)
+    expected = case.run(function)
+    case.noise = torch.full_like(case.noise, float("nan"))
+    assert torch.equal(case.run(function), expected)
+    assert torch.equal(expected[case.options["mask"] != 0], case.options["known"][case.options["mask"] != 0])
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("variance", ["fixed", "learned"])
+@pytest.mark.parametrize("step", ["ddpm", "last", "ddim"])
+def test_a_half_precision_state_has_the_references_bits(clip, variance, step, device):
+    """float16 only: the interpreter truncates bfloat16 where a GPU rounds to nearest."""
+    case = Case(device, clip=clip, variance=variance, step=step, dtype=torch.float16, rounding="float16")
+    case.x_t, case.noise = case.x_t.half().float(), case.noise.half().float()
+    expected = case.run(reverse_step_ref)
+    assert torch.equal(expected, expected.half().float())
+    assert torch.equal(case.run(), expected)
+    assert not torch.equal(case.run(rounding="float32"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -288,6 +384,10 @@ def test_the_dynamic_threshold_of_nan_is_nan():
     assert dynamic_threshold(x_0, 0.5, 2.0).isnan().tolist() == [False, True]
 
 
+KNOWN = {"known": torch.zeros(3, 3, 5, 5), "mask": torch.zeros(3, 3, 5, 5, dtype=torch.uint8)}
+PLANED = torch.zeros(3, 3, 3, 5, 5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -300,7 +400,16 @@ def test_the_dynamic_threshold_of_nan_is_nan():
         ({"x0": torch.zeros(1, 3, 5, 5)}, "x0 must be .* like x"),
         ({"out": torch.zeros(3, 4, 5, 5)}, r"out must have shape \[3, 3, 5, 5\] or \[3, 6, 5, 5\]"),
         ({"variance": "learned"}, r"out must have shape \[3, 6, 5, 5\] for variance 'learned'"),
-        ({"table": torch.zeros(4, 9)}, r"table must be contiguous \[rows, 10\]"),
+        ({"table": torch.zeros(4, 9)}, r"table must be contiguous \[rows, 15\]"),
+        ({"rounding": "int8"}, "rounding 'int8' is not one of float32, float16, bfloat16"),
+        ({"known": torch.zeros(3, 3, 5, 5)}, "give known and mask together, or neither"),
+        (
+            KNOWN | {"noise": torch.zeros(3, 3, 3, 5, 5), "mask": torch.zeros(3, 3, 5, 5)},
+            "mask must be uint8; found torch.float32",
+        ),
+        (KNOWN, r"noise must be \[3, 3, 3, 5, 5\] with known; found \[3, 3, 5, 5\]"),
+        (KNOWN | {"noise": PLANED, "mask": torch.zeros(3, 1, 5, 5).byte()}, "mask must be .* like x"),
+        ({"out": torch.zeros(5, 3, 5, 5)}, "or twice as many images; found \\[5, 3, 5, 5\\]"),
         ({"counter": torch.zeros(1)}, r"counter must be int64 \[1\]"),
         ({"nonfinite": torch.zeros(2, dtype=torch.int64)}, r"nonfinite must be int64 \[1\]"),
         ({"noise": None, "seeds": torch.zeros(2, dtype=torch.int64)}, r"seeds must be int64 \[3\]"),
@@ -329,8 +438,9 @@ def compiled_step(backend_name: str) -> Any:
 
 
 @pytest.mark.parametrize(("clip", "variance"), [("clamp", "fixed"), ("dynamic", "learned_range")])
-def test_it_compiles_as_one_graph_of_the_operator(clip, variance, device):
-    case = Case(device, clip=clip, variance=variance, layout="nhwc")
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_it_compiles_as_one_graph_of_the_operator(clip, variance, conditioned, device):
+    case = Case(device, clip=clip, variance=variance, layout="nhwc", guided=conditioned, inpaint=conditioned)
     expected = case.run(noise="seeds").clone()
     step = compiled_step("aot_eager")
     assert torch.equal(case.run(step, noise="seeds"), expected)
@@ -350,11 +460,14 @@ def test_the_reference_compiles_and_serves_every_step(clip, variance):
 
 
 @pytest.mark.parametrize("noise", ["seeds", "noise"])
-def test_the_operator_is_well_registered(noise, device):
-    case = Case(device)
+@pytest.mark.parametrize("inpaint", [False, True])
+def test_the_operator_is_well_registered(noise, inpaint, device):
+    case = Case(device, inpaint=inpaint)
+    known = case.options.get("known"), case.options.get("mask")
     sources = [case.seeds, None] if noise == "seeds" else [None, case.noise]
     args = (case.x_t, case.out, case.table, case.counter, torch.tensor([NONFINITE_NONE], device=device))
-    torch.library.opcheck(torch.ops.ddpm.reverse_step, (*args, "clamp", "fixed", *sources, case.x_t.clone(), None))
+    args = (*args, "clamp", "fixed", "float32", *sources, case.x_t.clone(), None, *known)
+    torch.library.opcheck(torch.ops.ddpm.reverse_step, args)
 
 
 @pytest.mark.gpu
@@ -385,7 +498,8 @@ def test_more_than_two_to_the_31_elements():
     x = torch.ones(n, c, h, w, device="cuda")
     out = torch.full_like(x, 0.25)
     x[-1, -1, -1, -1], out[-1, -1, -1, -1] = 2.0, float("inf")
-    table = torch.tensor([[1.0, -1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]], device="cuda")
+    row = {"kx": 1.0, "ke": -1.0, "kd": 1.0, "c0": 1.0, "clip": 1.0}
+    table = torch.tensor([[row.get(column, 0.0) for column in COLUMNS]], device="cuda")
     counter, nonfinite = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.tensor([NONFINITE_NONE], device="cuda")
     reverse_step(x, out, table, counter, nonfinite, seeds=torch.zeros(n, dtype=torch.int64, device="cuda"))
     assert decode_nonfinite(int(nonfinite)) == (0, n - 1)

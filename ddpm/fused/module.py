@@ -1,0 +1,103 @@
+"""Anyone's own network, any nn.Module called as network(x, t), behind the interface that the sampler asks of one.
+
+It is used as it is, not rebuilt: it keeps its layers, its dtype, its device, and changes of its weights are seen. What
+it gains is the step around it: reverse step and noise in one kernel, captured with the network on a GPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.fused.layers import LayerPath
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """Channels of the image and of the output (twice as many with a learned variance); a line for people."""
+
+    in_channels: int
+    out_channels: int
+    summary: tuple[str, ...]
+
+
+class Timesteps:
+    """The time table of a network that does with t what it likes: t itself."""
+
+    conditional = False
+    embedding_dim = 0
+    columns = 1
+
+    def table(self, timesteps: Tensor) -> Tensor:
+        """float32 [S, 1] for timesteps [S]."""
+        return timesteps[:, None].float()  # exact below 2^24
+
+
+class ModuleNetwork(nn.Module):
+    """A network as the sampler sees it, reference and fused form in one.
+
+    Args:
+        network: called as network(x, t) with x [N, C, H, W] in its own dtype and t [N], int64, or float32 where
+            `rescaled`. It returns the output as a tensor, or as the attribute `sample` of what it returns.
+        channels, out_channels: of the image and of the output.
+        rescaled: whether the timesteps are rescaled (see `SamplingRules`), and so no integers.
+    """
+
+    condition_channels = 0
+    conditional = False
+    self_condition = False
+
+    def __init__(self, network: nn.Module, channels: int, out_channels: int, *, rescaled: bool = False):
+        super().__init__()
+        self.network, self.rescaled = network, rescaled
+        self.config = ModuleConfig(channels, out_channels, (type(network).__name__,))
+        self.time = Timesteps()
+        if network.training:
+            warnings.warn(
+                f"{type(network).__name__} is in training mode, so that dropout would be active; call its eval() first",
+                stacklevel=4,
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its first floating-point parameter; float32 without any."""
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Of its first parameter or buffer; the CPU without any."""
+        tensors = chain(self.network.parameters(), self.network.buffers())
+        return next((t.device for t in tensors), torch.device("cpu"))
+
+    def activation_elements(self, height: int, width: int) -> int:
+        """Not known: only the largest automatic batch bounds the batch."""
+        return 1
+
+    def example(self, n: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Arguments of `forward`, all zero, for counting."""
+        return torch.zeros(n, self.config.in_channels, height, width), torch.zeros(1, 1)
+
+    def forward(self, x: Tensor, row: Tensor, classes: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """The network's output [N, out_channels, H, W] for x_t, float32 [N, C, H, W], and t, float32 [1, 1].
+
+        Raises:
+            ValueError: the network returned something else than a tensor.
+        """
+        t = row[0].expand(len(x))
+        out = self.network(x.to(self.dtype), t if self.rescaled else t.long())
+        out = getattr(out, "sample", out)
+        if not isinstance(out, Tensor):
+            raise ValueError(
+                f"{type(self.network).__name__} returned {type(out).__name__}; expected a tensor [N, "
+                f"{self.config.out_channels}, H, W]; wrap it in a module that returns one"
+            )
+        return out
+
+    def explain(self, device: torch.device) -> list[LayerPath]:
+        parameters = sum(p.numel() for p in self.network.parameters())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return [LayerPath(type(self.network).__name__, f"as it is, {parameters:,} parameters, {dtype}")]
