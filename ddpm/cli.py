@@ -1,4 +1,4 @@
-"""The command `ddpm`: sample a checkpoint, or say what it is."""
+"""The command `ddpm`: sample a checkpoint, say what it is, or write it for diffusers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ddpm.sampler import Sampler
 
 DEMO = Path(str(files("ddpm") / "assets" / "emoji32-smileys"))
+PICTURE = click.Path(exists=True, dir_okay=False, path_type=Path)
 GIF_FRAMES = 60
 GIF_IMAGES = 16
 
@@ -69,6 +70,18 @@ def parse_labels(text: str) -> int | list[int]:
     return int(text) if text.strip().isdecimal() else parse_ranges("labels", text)
 
 
+def parse_resample(text: str) -> int | tuple[int, int]:
+    """ "10" -> 10 passes; "10x5" -> 10 passes over parts of 5 steps.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    if not re.fullmatch(r"[0-9]+(x[0-9]+)?", text):
+        raise ValueError(f"resample {text!r} is no number of passes; write for example 10, or 10x5")
+    passes, _, jump = text.partition("x")
+    return (int(passes), int(jump)) if jump else int(passes)
+
+
 class OneSentence(click.Group):
     """Turns the errors that users cause into one sentence and exit code 2, and Ctrl-C into exit code 130."""
 
@@ -89,9 +102,8 @@ def main() -> None:
     """Sample DDPM checkpoints fast, with the images that the original code draws."""
 
 
-def checkpoint_options(command: Any) -> Any:
+def loader_options(command: Any) -> Any:
     for option in (
-        click.argument("checkpoint", required=False, default=None),
         click.option("--variant", metavar="NAME", help="Variant of the weight files, such as fp16."),
         click.option("--scheduler-class", metavar="CLASS", help="Read the scheduler's settings as this class."),
         click.option("--revision", metavar="REV", help="Revision of a hub id."),
@@ -103,6 +115,14 @@ def checkpoint_options(command: Any) -> Any:
             multiple=True,
             help="What the file does not say, such as image_size=64; an error names what is needed. Repeatable.",
         ),
+    ):
+        command = option(command)
+    return command
+
+
+def checkpoint_options(command: Any) -> Any:
+    command = loader_options(click.argument("checkpoint", required=False, default=None)(command))
+    for option in (
         click.option(
             "--device", metavar="DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:i."
         ),
@@ -169,9 +189,19 @@ def _load(
 @click.option("--labels", metavar="LABELS", help="Classes, such as 3 for all images, or 0-9,207: one per seed.")
 @click.option(
     "--low-res",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=PICTURE,
     help="Picture to enlarge, for a super-resolution checkpoint.",
 )
+@click.option("--guidance-scale", type=float, help="Classifier-free guidance, with --null-label; 1 is none.")
+@click.option("--null-label", type=int, help="The class that the training used for 'no class'.")
+@click.option("--image", type=PICTURE, help="Picture to paint in (with --mask) or to start from (with --strength).")
+@click.option("--mask", type=PICTURE, help="White where the picture is known and kept, black where it is painted.")
+@click.option(
+    "--resample",
+    metavar="PASSES[xJUMP]",
+    help="RePaint: walk each part of the chain so many times, such as 10, or 10x5: parts of 5 steps instead of 10.",
+)
+@click.option("--strength", type=float, help="SDEdit: how much of the chain is walked from the picture, 0 to 1.")
 @click.option("--batch-size", type=int, help="Images per pass; by available memory by default.")
 @click.option(
     "--compile",
@@ -205,6 +235,12 @@ def sample(
     eta: float | None,
     labels: str | None,
     low_res: Path | None,
+    guidance_scale: float | None,
+    null_label: int | None,
+    image: Path | None,
+    mask: Path | None,
+    resample: str | None,
+    strength: float | None,
     batch_size: int | None,
     compile: str,
     out: Path,
@@ -238,6 +274,12 @@ def sample(
         eta=eta,
         labels=None if labels is None else parse_labels(labels),
         low_res=None if low_res is None else files_of.load_picture(low_res),
+        guidance_scale=guidance_scale,
+        null_label=null_label,
+        image=None if image is None else files_of.load_picture(image, sampler.image_shape[0]),
+        mask=None if mask is None else files_of.load_mask(mask),
+        resample=None if resample is None else parse_resample(resample),
+        strength=strength,
         batch_size=batch_size,
         progress=not quiet,
         callback=animation,
@@ -380,3 +422,21 @@ def _ddim_clip(rules: SamplingRules, clip: str) -> str:
 
 def _ddim_steps(rules: SamplingRules) -> str:
     return f", {rules.ddim_steps} steps" if rules.ddim_steps else ""
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@click.argument("directory", metavar="DST", type=click.Path(path_type=Path))
+@loader_options
+def convert(source: str, directory: Path, options: tuple[str, ...], **family_options: Any) -> None:
+    """Write the checkpoint SRC, of any family, as a pipeline directory of diffusers, DST.
+
+    DST is new, or an empty directory. What diffusers cannot express is refused; what it does otherwise is printed.
+    """
+    from ddpm.checkpoints import load_checkpoint
+    from ddpm.checkpoints.export import save_diffusers
+
+    given = {name: value for name, value in family_options.items() if value is not None}
+    checkpoint = load_checkpoint(source, **(given | parse_options(options)))
+    lines = [("written", f"{directory}/"), *(("note", note) for note in save_diffusers(checkpoint, directory))]
+    click.echo("\n".join(f"{name:<11}{value}" for name, value in lines))

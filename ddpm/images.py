@@ -52,20 +52,41 @@ def _picture(image: np.ndarray):
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def load_picture(path: Path) -> Tensor:
-    """A picture file as float32 [1, 3, H, W] in [-1, 1].
+def load_picture(path: Path, channels: int = 3) -> Tensor:
+    """A picture file as float32 [1, channels, H, W] in [-1, 1], in grey (1), colour (3) or with transparency (4).
+
+    `to_uint8` gives its bytes back with every rounding.
 
     Raises:
-        ValueError: it is no picture, or pillow is not installed.
+        ValueError: it is no picture, pillow is not installed, or another number of channels.
     """
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise ValueError(f"{path}: a picture has 1, 3 or 4 channels, and this checkpoint's images have {channels}")
+    pixels = _read_picture(path, modes[channels])
+    x = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).view(1, *pixels.shape[:2], channels)
+    # A last bit above: some quotients are rounded down, and would be truncated to the byte below.
+    return torch.nextafter(x, torch.tensor(2.0)).clamp(max=1).permute(0, 3, 1, 2)
+
+
+def load_mask(path: Path) -> Tensor:
+    """A black and white picture file as bool [H, W], True where it is white.
+
+    Raises:
+        ValueError: as `load_picture`.
+    """
+    return torch.from_numpy(_read_picture(path, "L") >= 128)
+
+
+def _read_picture(path: Path, mode: str) -> np.ndarray:
+    """uint8 [H, W] or [H, W, C]."""
     try:
         from PIL import Image
 
         with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+            return np.asarray(picture.convert(mode))
     except (ImportError, OSError) as error:
         raise ValueError(f"{path} could not be read as a picture ({error})") from error
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
 
 
 def save_png(image: np.ndarray, path: Path) -> None:
@@ -92,15 +113,16 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 60, h
     )
 
 
-def make_grid(images: np.ndarray, padding: int = 2, scale: int = 1) -> np.ndarray:
-    """Tile uint8 [N, H, W, C] row by row into one [H', W', C], as square as N allows, on white.
+def make_grid(images: np.ndarray, padding: int = 2, scale: int = 1, columns: int | None = None) -> np.ndarray:
+    """Tile uint8 [N, H, W, C] row by row into one [H', W', C], on white.
 
     Args:
+        columns: tiles in a row; None is as square as N allows.
         padding: pixels between tiles, before scaling.
         scale: every pixel becomes scale x scale.
     """
     n, height, width, channels = images.shape
-    columns = int(np.ceil(np.sqrt(n)))
+    columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, channels)
     grid = np.full(shape, 255, dtype=np.uint8)

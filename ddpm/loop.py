@@ -283,22 +283,6 @@ class Loop:
         if found is not None:
             raise FloatingPointError(*found)
 
-    def run(
-        self, table: StepTable, x_T: Tensor, on_step: Callable[[int], None] | None = None, **options: Any
-    ) -> Tensor:
-        """Walk one chain to its end: see `steps`.
-
-        Args:
-            on_step: called with the index of each step.
-
-        Returns:
-            x_0, float32 [n, C, H, W], a copy on the device.
-        """
-        for i in self.steps(table, x_T, **options):
-            if on_step is not None:
-                on_step(i)
-        return self.buffers.x[: len(x_T)].clone()
-
     def _set_noise(self, seeds: Tensor | None, generator: GeneratorNoise | None, n: int) -> NoiseFeed | None:
         if self.buffers.noise is not None:
             assert generator is not None  # a loop for generator noise is run with a generator, another with seeds

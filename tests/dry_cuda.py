@@ -16,7 +16,7 @@ Inside `dry_cuda(arch)`:
         network = dry.to_fake_cuda(network)
         loop = Loop(network, shape, torch.device("cuda:0"), compiled=False)
         dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)  # the one read that a run ends with
-        loop.run(table, x_T, seeds=seeds)
+        walk(loop, table, x_T, seeds=seeds)
     dry.captures[0].launches, dry.captures[0].ops, dry.captures[0].replays
 
 Not shown: numerics (Triton's interpreter does that), timing, races, torch.compile (dynamo needs a real device), CUDA

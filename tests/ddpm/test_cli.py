@@ -246,7 +246,7 @@ def test_batch_sizes(checkpoint, out, batch_size):
 
 def test_an_out_below_a_file_is_refused_before_sampling(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr("ddpm.loop.Loop.run", lambda *a, **k: pytest.fail("sampled before --out was checked"))
+    monkeypatch.setattr("ddpm.loop.Loop.steps", lambda *a, **k: pytest.fail("sampled before --out was checked"))
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert_refused(sample(checkpoint, out), f"error: cannot write to {out}")
     assert (tmp_path / "file").read_text() == "mine"
@@ -286,7 +286,7 @@ def test_a_disk_that_is_full_while_a_file_is_written(checkpoint, out, monkeypatc
 def test_ctrl_c_keeps_the_finished_pictures(checkpoint, out, monkeypatch):
     from ddpm.loop import Loop
 
-    run, calls = Loop.run, []
+    run, calls = Loop.steps, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -294,13 +294,13 @@ def test_ctrl_c_keeps_the_finished_pictures(checkpoint, out, monkeypatch):
             raise KeyboardInterrupt
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Loop, "run", interrupted)
+    monkeypatch.setattr(Loop, "steps", interrupted)
     result = sample(checkpoint, out, "--seeds", "0-5", "--batch-size", 2, "--grid")
     assert result.exit_code == 130
     assert f"interrupted: 4 of 6 images are finished in {out}/" in result.stderr
     assert "Traceback" not in result.output
     assert sorted(os.listdir(out)) == ["000000.png", "000001.png", "000002.png", "000003.png", "grid.png"]
-    monkeypatch.setattr(Loop, "run", run)
+    monkeypatch.setattr(Loop, "steps", run)
     expected = drawn(checkpoint, [0, 1, 2, 3], batch_size=2)
     assert np.array_equal(np.asarray(Image.open(out / "000003.png")), expected[3])
     assert np.array_equal(np.asarray(Image.open(out / "grid.png")), make_grid(expected, scale=8))
@@ -336,7 +336,7 @@ def test_a_network_that_outputs_nan_exits_1_with_a_sentence(checkpoint, out, mon
 def test_nan_in_a_later_batch_keeps_the_finished_images(checkpoint, out, monkeypatch, file_format):
     from ddpm.loop import Loop
 
-    run, chains = Loop.run, []
+    run, chains = Loop.steps, []
 
     def run_until_the_second(self, *args, **kwargs):
         chains.append(1)
@@ -344,7 +344,7 @@ def test_nan_in_a_later_batch_keeps_the_finished_images(checkpoint, out, monkeyp
             raise FloatingPointError(1, 0)
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Loop, "run", run_until_the_second)
+    monkeypatch.setattr(Loop, "steps", run_until_the_second)
     options = ("--seeds", "0-3", "--batch-size", "2", "--format", file_format, "--grid", "--quiet")
     result = sample(checkpoint, out, *options)
     assert result.exit_code == 1
@@ -381,3 +381,67 @@ def test_options_of_a_checkpoint():
     assert parse_labels("0-2,2") == [0, 1, 2, 2]
     with pytest.raises(ValueError, match="the range 9-0 runs backwards"):
         parse_labels("9-0")
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """8 x 8, of the checkpoint's size."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    files_of.save_png(pixels, tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.fixture
+def mask(tmp_path) -> Path:
+    """White, and known, in the upper half."""
+    Image.fromarray(np.repeat(np.array([[255], [0]], dtype=np.uint8), 4, axis=0).repeat(8, axis=1)).save(
+        tmp_path / "mask.png"
+    )
+    return tmp_path / "mask.png"
+
+
+@pytest.mark.parametrize("resample", [[], ["--resample", "2x3"]])
+def test_inpainting_keeps_the_bytes_of_the_known_region(checkpoint, out, picture, mask, resample):
+    result = sample(checkpoint, out, "--seeds", "3,4", "--image", picture, "--mask", mask, *resample, "--quiet")
+    assert result.exit_code == 0, result.output
+    given = np.asarray(Image.open(picture))
+    for seed in (3, 4):
+        painted = np.asarray(Image.open(out / f"{seed:06d}.png"))
+        assert np.array_equal(painted[:4], given[:4])
+        assert not np.array_equal(painted[4:], given[4:])
+
+
+def test_sdedit_is_the_samplers(checkpoint, out, picture):
+    assert sample(checkpoint, out, "--seeds", "3", "--image", picture, "--strength", "0.5").exit_code == 0
+    sampler = ddpm.load(checkpoint, device="cpu", compile=False)
+    image = files_of.load_picture(picture)
+    expected = sampler.sample(1, seeds=[3], image=image, strength=0.5, steps=4, progress=False)
+    assert np.array_equal(np.asarray(Image.open(out / "000003.png")), to_uint8(expected, "half_to_even")[0])
+
+
+def test_guidance_is_the_samplers(tmp_path, out):
+    directory = save_tiny(tmp_path / "classes", {"num_class_embeds": 5})
+    options = ("--labels", 1, "--guidance-scale", 2.5, "--null-label", 4)
+    assert sample(directory, out, "--seeds", "3", *options).exit_code == 0
+    sampler = ddpm.load(directory, device="cpu", compile=False)
+    expected = sampler.sample(1, seeds=[3], labels=1, guidance_scale=2.5, null_label=4, steps=4, progress=False)
+    assert np.array_equal(np.asarray(Image.open(out / "000003.png")), to_uint8(expected, "half_to_even")[0])
+
+
+def test_pictures_that_do_not_fit_are_refused(checkpoint, out, picture, mask, tmp_path):
+    files_of.save_png(np.zeros((9, 8, 3), dtype=np.uint8), tmp_path / "large.png")
+    for arguments, sentence in (
+        (["--image", picture], "image needs mask= (to paint the rest of it) or strength="),
+        (["--mask", mask], "mask was given without image="),
+        (
+            ["--image", tmp_path / "large.png", "--strength", 0.5],
+            "image has shape [1, 3, 9, 8]; expected [16 or 1, 3, 8",
+        ),
+        (["--image", picture, "--mask", tmp_path / "large.png"], "mask has shape [9, 8]; expected [8, 8]"),
+        (["--image", picture, "--mask", mask, "--resample", "often"], "resample 'often' is no number of passes"),
+        (["--image", tmp_path / "none.png"], "does not exist"),
+    ):
+        assert_refused(sample(checkpoint, out, *arguments), sentence, out)

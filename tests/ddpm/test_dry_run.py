@@ -25,6 +25,7 @@ from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
 from ddpm.steps import StepTable, step_table
 from ddpm.unet import UNet, UNetConfig
+from tests.chains import walk
 from tests.dry_cuda import Capture, Dry, HostRead, dry_cuda
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, does not interpret")
@@ -157,12 +158,12 @@ def dry_run(
             seeds = seeds_to_tensor(range(batch)).to(DEVICE)
             x = philox_normal(seeds, (3, size, size), 0, PURPOSE_INITIAL)
             first = len(dry.launches)
-            images = loop.run(steps, x, seeds=seeds, conditions=conditions)
+            images = walk(loop, steps, x, seeds=seeds, conditions=conditions)
         else:
             generator = GeneratorNoise(torch.Generator().manual_seed(0), batch, DEVICE)
             first = len(dry.launches)
             x = generator.draw((batch, 3, size, size)).to(DEVICE)
-            images = loop.run(steps, x, generator=generator, conditions=conditions)
+            images = walk(loop, steps, x, generator=generator, conditions=conditions)
         assert (images.shape, images.dtype, images.device) == ((batch, 3, size, size), torch.float32, DEVICE)
     captured = [launch.name for launch in dry.captures[0].launches]
     # twice to warm up, once to capture, and then nothing but replays
@@ -268,7 +269,7 @@ def test_a_second_chain_is_captured_no_more():
         dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
         for n in (2, 1):
             x = torch.zeros(n, 3, 16, 16, device=DEVICE)
-            assert len(loop.run(steps, x, seeds=torch.zeros(n, dtype=torch.int64, device=DEVICE))) == n
+            assert len(walk(loop, steps, x, seeds=torch.zeros(n, dtype=torch.int64, device=DEVICE))) == n
     assert len(dry.captures) == loop.captures == 1
     assert dry.replays == 2 * STEPS
 
@@ -286,7 +287,7 @@ def test_a_dynamic_threshold_is_captured_without_a_host_read():
         loop = Loop(dry.to_fake_cuda(network), chain_shape(steps), DEVICE, compiled=False)
         dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
         seeds = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-        loop.run(steps, torch.zeros(2, 3, 16, 16, device=DEVICE), seeds=seeds)
+        walk(loop, steps, torch.zeros(2, 3, 16, 16, device=DEVICE), seeds=seeds)
     (capture,) = dry.captures
     assert capture.replays == STEPS
     assert dry.reads == 1
@@ -303,7 +304,7 @@ def test_each_gpu_captures_on_a_stream_of_its_own():
             loop = Loop(network, chain_shape(steps), device, compiled=False)
             dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
             seeds = torch.zeros(2, dtype=torch.int64, device=device)
-            loop.run(steps, torch.zeros(2, 3, 16, 16, device=device), seeds=seeds)
+            walk(loop, steps, torch.zeros(2, 3, 16, 16, device=device), seeds=seeds)
     assert [capture.device for capture in dry.captures] == [0, 1]
     assert [launch.op for launch in dry.captures[1].launches] == [launch.op for launch in dry.captures[0].launches]
 

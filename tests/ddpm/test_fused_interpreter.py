@@ -15,6 +15,7 @@ from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule, beta_schedule
 from ddpm.steps import step_table
 from ddpm.unet import UNet, UNetConfig
+from tests.chains import walk
 from tests.weights import redraw
 
 pytestmark = pytest.mark.interpret
@@ -60,7 +61,7 @@ def test_a_chain_equals_the_oracle(variance_type, clip):
     )  # fmt: skip
     x_T, seeds = torch.randn(2, 3, 8, 8), torch.tensor([3, 2**40])
     loop = Loop(FusedUNet(reference), shape, torch.device("cpu"), compiled=False)
-    images = loop.run(table, x_T, seeds=seeds)
+    images = walk(loop, table, x_T, seeds=seeds)
 
     def draw(i: int) -> torch.Tensor:
         return philox_normal_ref(seeds, 3 * 8 * 8, i, PURPOSE_STEP).view(2, 3, 8, 8)

@@ -20,9 +20,13 @@ pytestmark = pytest.mark.gpu
 BOUND = 1e-4
 
 
-def checkpoint(seed: int = 0) -> Checkpoint:
+def checkpoint(seed: int = 0, **network: object) -> Checkpoint:
     config = UNetConfig(
-        block_out_channels=(32, 64), down_attention=(False, True), up_attention=(True, False), sample_size=(16, 16)
+        block_out_channels=(32, 64),
+        down_attention=(False, True),
+        up_attention=(True, False),
+        sample_size=(16, 16),
+        **network,
     )
     network = redraw(UNet(config), seed).eval().requires_grad_(False)
     schedule = NoiseSchedule.from_betas(beta_schedule("linear", 1000))
@@ -108,3 +112,37 @@ def test_float32_is_ieee_whatever_torch_is_set_to():
 def test_a_second_gpu_draws_the_same_images():
     first, second = sampler("cuda:0"), sampler("cuda:1")
     assert torch.equal(sample(first), sample(second))
+
+
+def test_a_conditioned_chain_draws_the_images_of_the_cpu():
+    """Guidance and inpainting with jumps, captured once; the known region to the bit."""
+    image, known = torch.rand(3, 3, 16, 16) * 2 - 1, torch.rand(3, 3, 16, 16) < 0.5
+    options = {
+        "labels": [0, 1, 2], "guidance_scale": 2.0, "null_label": 4, "image": image, "mask": known, "resample": (2, 3),
+    }  # fmt: skip
+    models = [
+        Sampler(checkpoint(class_embedding="table", num_class_embeds=5), device=device, dtype="fp32", compile=False)
+        for device in ("cuda", "cpu")
+    ]
+    on_gpu, on_cpu = (sample(model, **options) for model in models)
+    assert torch.equal(on_gpu[known], image[known])
+    assert (on_gpu - on_cpu).abs().max() <= BOUND
+    assert [loop.captures for loop in models[0].loops] == [1]
+
+
+def test_a_module_of_ones_own_is_captured_where_it_is():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x, t):
+            return torch.tanh(self.conv(x) + t.view(-1, 1, 1, 1) / 1000)
+
+    network = redraw(Own()).eval()
+    betas = beta_schedule("linear", 1000)
+    expected = sample(Sampler.from_module(network, betas, (3, 16, 16)))
+    model = Sampler.from_module(network.cuda(), betas, (3, 16, 16))
+    assert (sample(model) - expected).abs().max() <= BOUND
+    network.conv.weight.data.mul_(-1)  # the graph reads the weights where they are
+    assert (sample(model) - expected).abs().max() > 0.1

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline
 from PIL import Image
 
 from ddpm import images as files_of
-from ddpm.images import make_grid, save_gif, save_npz, save_png, to_uint8
+from ddpm.images import UINT8_ROUNDINGS, load_mask, load_picture, make_grid, save_gif, save_npz, save_png, to_uint8
 
 # Every byte's own value, the halves between bytes, the ends and what lies outside.
 LEVELS = torch.cat([torch.arange(0, 255.5, 0.5) / 255, torch.tensor([-0.3, -1e-9, 1 + 1e-6, 1.7])]) * 2 - 1
@@ -162,3 +162,36 @@ def test_check_writable_makes_the_directory_and_leaves_nothing_in_it(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"cannot write to .*file/below \(.*\); choose another --out"):
         files_of.check_writable(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("rounding", UINT8_ROUNDINGS)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_picture_comes_back_to_the_byte(rounding, channels, tmp_path):
+    """Every byte, with every rounding: what inpainting leaves alone is the picture's own."""
+    pixels = np.stack([np.roll(np.arange(256, dtype=np.uint8), 7 * c).reshape(8, 32) for c in range(channels)], axis=-1)
+    save_png(pixels, tmp_path / "picture.png")
+    image = load_picture(tmp_path / "picture.png", channels)
+    assert image.shape == (1, channels, 8, 32)
+    assert image.dtype == torch.float32
+    assert float(image.abs().max()) <= 1
+    assert np.array_equal(to_uint8(image, rounding)[0], pixels)
+
+
+def test_a_mask_is_true_where_it_is_white(tmp_path):
+    Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8)).save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.png").tolist() == [[False, False, True, True]]
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for load in (load_picture, load_mask):
+        with pytest.raises(ValueError, match="could not be read as a picture"):
+            load(tmp_path / "text.png")
+    with pytest.raises(ValueError, match="a picture has 1, 3 or 4 channels, and this checkpoint's images have 2"):
+        load_picture(tmp_path / "text.png", 2)
+
+
+def test_a_grid_of_so_many_columns():
+    images = np.zeros((6, 4, 4, 3), dtype=np.uint8)
+    assert make_grid(images, padding=1, columns=6).shape == (6, 31, 3)
+    assert make_grid(images, padding=1).shape == (11, 16, 3)
