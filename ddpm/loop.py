@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpm.conditioning import Conditions
+from ddpm.devices import ordinary_modes
 from ddpm.fused import FusedNetwork
 from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, PLANES, decode_nonfinite, reverse_step
 from ddpm.noise import GeneratorNoise
@@ -133,7 +134,8 @@ class Loop:
         self, network: FusedNetwork, shape: ChainShape, device: torch.device, *, compiled: bool, tf32: bool = False
     ):
         self.network, self.shape, self.device, self.tf32 = network, shape, device, tf32
-        self.buffers = self._allocate()
+        with ordinary_modes(device):
+            self.buffers = self._allocate()
         self.compiled = compiled
         self.compilations = 0
         self.captures = 0
@@ -310,8 +312,8 @@ class Loop:
 
 @contextmanager
 def network_settings(device: torch.device, tf32: bool) -> Iterator[None]:
-    """No gradients; on a GPU the device itself, the chosen float32 and deterministic algorithms."""
-    with torch.no_grad():
+    """Ordinary modes; on a GPU the device itself, the chosen float32 and deterministic algorithms."""
+    with ordinary_modes(device):
         if device.type == "cpu":
             yield
             return

@@ -23,7 +23,7 @@ from ddpm.conditioning import (
     check_resample,
     embed_labels,
 )
-from ddpm.devices import DTYPES, available_memory, resolve_device, resolve_dtype
+from ddpm.devices import DTYPES, available_memory, ordinary_modes, resolve_device, resolve_dtype
 from ddpm.fused import FusedNetwork, ModuleNetwork, fuse
 from ddpm.loop import ChainShape, Loop
 from ddpm.noise import GeneratorNoise
@@ -95,7 +95,8 @@ class Sampler:
         self.dtype = resolve_dtype(dtype, self.device)
         self.compile = compile
         self.last_seeds: list[int] | None = None
-        self._network = fuse(checkpoint.network, DTYPES[self.dtype]).to(self.device)
+        with ordinary_modes(self.device):
+            self._network = fuse(checkpoint.network, DTYPES[self.dtype]).to(self.device)
         self._loops: dict[tuple[ChainShape, bool], Loop] = {}
         self._gflop_per_image: float | None = None
 

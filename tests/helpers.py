@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Network
@@ -72,6 +72,21 @@ def tiny_pipeline(
             network.conv_out.bias[half:] = 0.5
     pipe = DDPMPipeline(network, DDPMScheduler(**({"num_train_timesteps": 100} | scheduler)))
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ddim_pipeline(unet: dict[str, Any] | None = None, **scheduler: Any) -> DDIMPipeline:
+    """The same with a DDIMScheduler; arguments as in `tiny_pipeline`."""
+    pipe = DDIMPipeline(tiny_unet(**(unet or {})), DDIMScheduler(**({"num_train_timesteps": 100} | scheduler)))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def constant(pipe: Any) -> Any:
+    """The pipeline, whose network's output is now its last bias: two implementations agree on it to the last bit."""
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.zero_()
+        pipe.unet.conv_out.bias.copy_(torch.linspace(-0.7, 0.9, len(pipe.unet.conv_out.bias)))
     return pipe
 
 

@@ -1,4 +1,4 @@
-"""Directories that diffusers' save_pretrained wrote: UNet2DModel with a DDPMScheduler or a DDIMScheduler.
+"""UNet2DModel with a DDPMScheduler or a DDIMScheduler: directories that diffusers' save_pretrained wrote, or in memory.
 
 Two layouts: a pipeline (model_index.json, unet/, scheduler/) and the flat one of old repositories, where every file
 lies at the top. diffusers itself is not needed.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,9 @@ def load_diffusers(
     if variant:
         report.given.append(f"variant = {variant}")
     unet_directory = directory if weights else _unet_directory(directory, ema, report)
-    settings = _settings(unet_directory / "config.json", UNET_DEFAULTS, report, "unet")
-    config = _unet_config(settings, unet_directory / "config.json", report)
-    network = empty_network(UNet, config, f"{unet_directory / 'config.json'} describes no network")
+    path = unet_directory / "config.json"
+    config = _unet_config(_settings(path, UNET_DEFAULTS, report, "unet"), path, report)
+    network = empty_network(UNet, config, f"{path} describes no network")
     if weights and "-of-" not in weights.name:  # one shard stands for all of them
         report.found.append(f"weights: {weights}")
         state, weights_path = read_tensors(weights), weights
@@ -132,20 +132,68 @@ def load_diffusers(
         report.inferred.append("weights are used as stored: a training script that keeps an EMA saves that one here")
 
     schedule, rules = _scheduler(directory, scheduler_class, report)
+    return Checkpoint(
+        "diffusers", source, network, schedule, rules, _sample_size(config, rules, path), "half_to_even", report
+    )
+
+
+def diffusers_checkpoint(
+    source: str,
+    unet: Mapping[str, Any],
+    state: dict[str, Tensor],
+    scheduler_class: str,
+    scheduler: Mapping[str, Any],
+) -> Checkpoint:
+    """A checkpoint of what is in memory.
+
+    Args:
+        source: what messages call it, such as "the pipeline"; its parts are "the pipeline's unet" and "... scheduler".
+        unet, scheduler: their configurations; what one leaves out has diffusers' default.
+        state: the network's weights, in any dtype. The checkpoint's network shares those that are float32.
+        scheduler_class: a key of SCHEDULERS.
+
+    Raises:
+        ValueError: as `load_diffusers`.
+    """
+    report, where = Report(), f"{source}'s unet"
+    config = _unet_config(_with_defaults(unet, UNET_DEFAULTS, report, "unet", where), where, report)
+    network = empty_network(UNet, config, f"{where} describes no network")
+    load_weights(network, state, where, "its configuration describes another network")
+    schedule, rules = scheduler_settings(source, scheduler_class, scheduler)
+    return Checkpoint(
+        "diffusers", source, network, schedule, rules, _sample_size(config, rules, where), "half_to_even", report
+    )
+
+
+def scheduler_settings(
+    source: str, scheduler_class: str, scheduler: Mapping[str, Any]
+) -> tuple[NoiseSchedule, SamplingRules]:
+    """Schedule and rules of a scheduler in memory; arguments as in `diffusers_checkpoint`."""
+    where = f"{source}'s scheduler"
+    settings = _with_defaults(scheduler, SCHEDULER_DEFAULTS, Report(), "scheduler", where)
+    return _schedule(settings, where), _rules(settings, where, SCHEDULERS[scheduler_class])
+
+
+def _sample_size(config: UNetConfig, rules: SamplingRules, where: Path | str) -> tuple[int, int]:
+    """(H, W) of the images.
+
+    Raises:
+        ValueError: none is given, or the network cannot have it; or the network lacks the channels of a variance.
+    """
     wanted = config.in_channels * (2 if rules.learned_variance else 1)
     if config.out_channels != wanted:
         raise ValueError(
-            f"{unet_directory / 'config.json'} has out_channels={config.out_channels}, but variance_type "
-            f"{rules.variance_type!r} with {config.in_channels} image channels needs {wanted}; one of the two is wrong"
+            f"{where} has out_channels={config.out_channels}, but variance_type {rules.variance_type!r} with "
+            f"{config.in_channels} image channels needs {wanted}; one of the two is wrong"
         )
     if config.sample_size is None:
-        raise ValueError(f"{unet_directory / 'config.json'} has no sample_size, the resolution to sample at; add it")
+        raise ValueError(f"{where} has no sample_size, the resolution to sample at; add it")
     if any(side % config.resolution_divisor for side in config.sample_size):
         raise ValueError(
-            f"{unet_directory / 'config.json'} has sample_size {config.sample_size}, but its "
-            f"{len(config.block_out_channels)} levels need a multiple of {config.resolution_divisor}"
+            f"{where} has sample_size {config.sample_size}, but its {len(config.block_out_channels)} levels need a "
+            f"multiple of {config.resolution_divisor}"
         )
-    return Checkpoint("diffusers", source, network, schedule, rules, config.sample_size, "half_to_even", report)
+    return config.sample_size
 
 
 def _unet_directory(directory: Path, ema: bool | None, report: Report) -> Path:
@@ -168,14 +216,19 @@ def _component(directory: Path, name: str) -> Path:
 
 
 def _settings(path: Path, defaults: dict[str, Any], report: Report, component: str) -> dict[str, Any]:
-    """Settings with defaults filled in; unknown keys are reported and dropped, as diffusers does."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expected the {component}'s configuration as diffusers saves it")
-    raw = read_json(path)
+    return _with_defaults(read_json(path), defaults, report, component, path)
+
+
+def _with_defaults(
+    raw: Mapping[str, Any], defaults: dict[str, Any], report: Report, component: str, where: Path | str
+) -> dict[str, Any]:
+    """Settings with defaults filled in; unknown keys are reported and dropped, as diffusers does."""
     use_default = set(raw.get("_use_default_values", ()))
     given = {k: v for k, v in raw.items() if not k.startswith("_") and k not in use_default}
     if given.keys() & defaults.keys():
-        report.found.append(f"{component} configuration: {path}")
+        report.found.append(f"{component} configuration: {where}")
     missing = [k for k in defaults if k not in given]
     if missing:
         report.assumed.append(f"{component}: diffusers' defaults for {', '.join(missing)}")
@@ -189,7 +242,7 @@ def _settings(path: Path, defaults: dict[str, Any], report: Report, component: s
     return result
 
 
-def _unet_config(s: dict[str, Any], path: Path, report: Report) -> UNetConfig:
+def _unet_config(s: dict[str, Any], path: Path | str, report: Report) -> UNetConfig:
     down = [_block_type(name, "Down", s["downsample_type"], path) for name in s["down_block_types"]]
     up = [_block_type(name, "Up", s["upsample_type"], path) for name in s["up_block_types"]]
     if s["mid_block_type"] not in (None, "UNetMidBlock2D"):
@@ -248,7 +301,7 @@ def _unet_config(s: dict[str, Any], path: Path, report: Report) -> UNetConfig:
         raise ValueError(f"{path} describes no network: {error}") from error
 
 
-def _block_type(name: str, direction: str, by_setting: str, path: Path) -> tuple[bool, str]:
+def _block_type(name: str, direction: str, by_setting: str, path: Path | str) -> tuple[bool, str]:
     plain = name.removeprefix("UNetRes")
     if plain not in BLOCKS or direction not in plain:
         allowed = ", ".join(block for block in BLOCKS if direction in block)
@@ -343,7 +396,7 @@ def _scheduler_class(directory: Path, path: Path, report: Report) -> str:
     return str(name)
 
 
-def _schedule(s: dict[str, Any], path: Path) -> NoiseSchedule:
+def _schedule(s: dict[str, Any], path: Path | str) -> NoiseSchedule:
     total = positive_integer(f"{path}: num_train_timesteps", s["num_train_timesteps"])
     try:
         if s["trained_betas"] is not None:
@@ -359,7 +412,7 @@ def _schedule(s: dict[str, Any], path: Path) -> NoiseSchedule:
     return NoiseSchedule.from_betas(betas)
 
 
-def _rules(s: dict[str, Any], path: Path, sampler: str = "ddpm") -> SamplingRules:
+def _rules(s: dict[str, Any], path: Path | str, sampler: str = "ddpm") -> SamplingRules:
     if sampler == "ddim" and s["variance_type"] == "fixed_large_log":
         s = s | {"variance_type": "fixed_large"}  # not a setting of DDIMScheduler; see SamplingRules for the other one
     try:

@@ -143,7 +143,7 @@ def check_resolution(image_size: int, divisor: int, path: Path) -> None:
 def load_weights(
     network: nn.Module,
     state: dict[str, Tensor],
-    source: Path,
+    source: Path | str,
     advice: str = "the configuration beside it describes another network",
 ) -> None:
     """Put a state dict into a network built on the meta device, as float32, with nothing missing and nothing left over.
@@ -171,6 +171,6 @@ def load_weights(
         raise ValueError(f"{source} has {len(wrong)} tensors of another shape, first {wrong[0]}; {advice}")
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise ValueError(f"{source} holds NaN or infinity in {len(bad)} tensors, first {bad[0]}; the file is damaged")
+        raise ValueError(f"{source} holds NaN or infinity in {len(bad)} tensors, first {bad[0]}; it is damaged")
     network.load_state_dict({k: v.float().contiguous() for k, v in state.items()}, strict=True, assign=True)
     network.requires_grad_(False).eval()

@@ -55,6 +55,13 @@ PUBLISHED: dict[int, tuple[str, dict[str, Any]]] = {
         _IMPROVED | _LEGACY | {"image_size": 256, "noise_schedule": "linear", "rescale_timesteps": False},
     ),
 }
+# How both code bases sample, whatever the network: rules of `SamplingRules`.
+CONVENTION: dict[str, Any] = {
+    "convention": "openai",
+    "timestep_spacing": "sections",
+    "ddim_spacing": "strided",
+    "ddim_epsilon": "rederived",
+}
 # Flags on which nothing in the file has a say and for which the two code bases have no common, harmless default.
 REQUIRED = ("image_size", "noise_schedule", "diffusion_steps", "rescale_timesteps")
 # Flags with the same default in both code bases, which hardly anybody changed.
@@ -163,13 +170,10 @@ def load_guided_diffusion(state: dict[str, Tensor], source: str, path: Path, **o
         "averaged (EMA) weights, by the file's name" if path.name.startswith("ema") else "weights are used as stored"
     )
     rules = SamplingRules(
-        convention="openai",
+        **CONVENTION,
         prediction_type="sample" if flags["predict_xstart"] else "epsilon",
         variance_type=_variance(shapes, flags),
         clip="clamp" if flags["clip_denoised"] else "none",
-        timestep_spacing="sections",
-        ddim_spacing="strided",
-        ddim_epsilon="rederived",
         rescale_timesteps=flags["rescale_timesteps"],
     )
     schedule = NoiseSchedule.from_betas(beta_table(flags["noise_schedule"], flags["diffusion_steps"]))

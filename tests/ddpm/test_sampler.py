@@ -141,6 +141,16 @@ def test_global_state_is_left_alone(sampler):
     assert torch.is_grad_enabled()
 
 
+def test_inference_mode_and_autocast_of_the_caller_leave_no_trace(checkpoint):
+    """A sampler made and used under them is as good as any afterwards, and computes the same."""
+    expected = sample(ddpm.load(checkpoint, device="cpu", compile=False), 2, seeds=[0, 1])
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        sampler = ddpm.load(checkpoint, device="cpu", compile=False)
+        within = sample(sampler, 2, seeds=[0, 1])
+    assert torch.equal(within, expected)
+    assert torch.equal(sample(sampler, 2, seeds=[0, 1]), expected)
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("mine", ["none", "ieee", "tf32"])
 def test_the_users_precision_settings_are_used_and_restored(mine, tf32, monkeypatch):
