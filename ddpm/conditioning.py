@@ -61,6 +61,7 @@ def embed_labels(network: Network, labels: Any, n: int, name: str = "labels") ->
         return None
     assert isinstance(network, UNet)  # the only class-conditional graph
     config = network.config
+    labels = labels.cpu() if isinstance(labels, Tensor) else labels
     if labels is None:
         expected = "one number per image"
         if config.class_embedding == "table":

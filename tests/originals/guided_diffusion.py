@@ -8,6 +8,7 @@ improved-diffusion is the case without `resblock_updown`, in the legacy attentio
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,48 +264,69 @@ class Diffusion:
         self.mean_of_x0 = b * np.sqrt(p) / (1 - a)
         self.mean_of_x = (1 - p) * np.sqrt(1 - b) / (1 - a)
         variance = b * (1 - p) / (1 - a)
-        variance[0] = variance[1]  # zero, whose logarithm is not wanted
-        self.log_small = np.log(variance)
+        clipped = np.append(variance[1], variance[1:])  # the first is zero, whose logarithm is not wanted
+        self.log_small = np.log(clipped)
         self.log_beta = np.log(b)
         self.log_fixed = self.log_small if sigma_small else np.append(self.log_small[0], self.log_beta[1:])
+        # What a gradient is multiplied by; the small one's zero is a zero here.
+        self.fixed = variance if sigma_small else np.append(variance[1], b[1:])
 
     def _at(self, table: np.ndarray, i: int) -> Tensor:
         return torch.tensor(table[i]).float()
 
-    def _network(self, model: Any, x: Tensor, i: int, model_kwargs: dict, clip_denoised: bool) -> tuple[Tensor, Tensor]:
-        """[N, 3, H, W] -> x_0 and the logarithm of the variance, per element or one for all."""
-        out = model(x, self.model_timesteps[i].repeat(len(x)), **model_kwargs)
+    def _network(
+        self, model: Any, x: Tensor, i: int, model_kwargs: dict, clip_denoised: bool, denoised_fn: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, 3, H, W] -> x_0, the logarithm of the variance, and the variance, per element or one for all."""
+        out = model(x, self._t(x, i), **model_kwargs)
         if self.learn_sigma:
             out, v = out.chunk(2, dim=1)
             fraction = (v + 1) / 2
             log_variance = fraction * self._at(self.log_beta, i) + (1 - fraction) * self._at(self.log_small, i)
+            variance = torch.exp(log_variance)
         else:
-            log_variance = self._at(self.log_fixed, i)
+            log_variance, variance = self._at(self.log_fixed, i), self._at(self.fixed, i)
         if not self.predict_xstart:
             out = self._at(self.x0_of_x, i) * x - self._at(self.x0_of_eps, i) * out
-        return (out.clamp(-1, 1) if clip_denoised else out), log_variance
+        out = out if denoised_fn is None else denoised_fn(out)
+        return (out.clamp(-1, 1) if clip_denoised else out), log_variance, variance
+
+    def _t(self, x: Tensor, i: int) -> Tensor:
+        return self.model_timesteps[i].repeat(len(x))
+
+    def p_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Ancestral sampling: [N, 3, H, W], not clamped at the end; arguments as in `p_sample_steps`."""
+        return list(self.p_sample_steps(*args, **kwargs))[-1][0]
 
     @torch.no_grad()
-    def p_sample_loop(
+    def p_sample_steps(
         self,
         model: Any,
         shape: tuple[int, ...],
         noise: Tensor | None = None,
         model_kwargs: dict[str, Any] | None = None,
         clip_denoised: bool = True,
-    ) -> Tensor:
-        """Ancestral sampling: [N, 3, H, W], not clamped at the end."""
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, x_0) after each step. denoised_fn changes x_0 before the clip; cond_fn(x, t, **model_kwargs) is the
+        gradient of a classifier's log probability, by which the mean is shifted (Dhariwal and Nichol, algorithm 1)."""
         x = torch.randn(*shape) if noise is None else noise
         for i in reversed(range(len(self.timesteps))):
-            x0, log_variance = self._network(model, x, i, model_kwargs or {}, clip_denoised)
+            x0, log_variance, variance = self._network(model, x, i, model_kwargs or {}, clip_denoised, denoised_fn)
             z = torch.randn_like(x)  # drawn at the last step too, where it is not used
-            x = self._at(self.mean_of_x0, i) * x0 + self._at(self.mean_of_x, i) * x
-            if i > 0:
-                x = x + torch.exp(0.5 * log_variance) * z
-        return x
+            mean = self._at(self.mean_of_x0, i) * x0 + self._at(self.mean_of_x, i) * x
+            if cond_fn is not None:
+                mean = mean + variance * cond_fn(x, self._t(x, i), **(model_kwargs or {}))
+            x = mean + torch.exp(0.5 * log_variance) * z if i > 0 else mean
+            yield x, x0
+
+    def ddim_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """DDIM, with the noise that belongs to the clipped x_0: [N, 3, H, W], not clamped at the end."""
+        return list(self.ddim_sample_steps(*args, **kwargs))[-1][0]
 
     @torch.no_grad()
-    def ddim_sample_loop(
+    def ddim_sample_steps(
         self,
         model: Any,
         shape: tuple[int, ...],
@@ -312,12 +334,18 @@ class Diffusion:
         model_kwargs: dict[str, Any] | None = None,
         clip_denoised: bool = True,
         eta: float = 0.0,
-    ) -> Tensor:
-        """DDIM, with the noise that belongs to the clipped x_0: [N, 3, H, W], not clamped at the end."""
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, x_0) after each step. The gradient changes the noise (algorithm 2), and with it x_0, after the clip."""
         x = torch.randn(*shape) if noise is None else noise
         for i in reversed(range(len(self.timesteps))):
-            x0, _ = self._network(model, x, i, model_kwargs or {}, clip_denoised)
+            x0, _, _ = self._network(model, x, i, model_kwargs or {}, clip_denoised, denoised_fn)
             eps = (self._at(self.x0_of_x, i) * x - x0) / self._at(self.x0_of_eps, i)
+            if cond_fn is not None:
+                gradient = cond_fn(x, self._t(x, i), **(model_kwargs or {}))
+                eps = eps - torch.sqrt(1 - self._at(self.a, i)) * gradient
+                x0 = self._at(self.x0_of_x, i) * x - self._at(self.x0_of_eps, i) * eps
             # The ratio a / p is taken in float32, as the originals do: it decides the noise of the smallest steps.
             a, p = self._at(self.a, i), self._at(self.a_prev, i)
             sigma = eta * torch.sqrt((1 - p) / (1 - a)) * torch.sqrt(1 - a / p)
@@ -325,7 +353,7 @@ class Diffusion:
             x = x0 * torch.sqrt(p) + torch.sqrt(1 - p - sigma**2) * eps
             if i > 0:
                 x = x + sigma * z
-        return x
+            yield x, x0
 
 
 @dataclass(frozen=True)
