@@ -12,6 +12,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> bool:
+    """Whether a scale may be this: Python's and NumPy's integers and floats, but no bool."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def positive_integer(name: str, value: Any) -> int:
     """The value as int.
 

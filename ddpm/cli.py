@@ -14,6 +14,7 @@ import click
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from ddpm.rules import SamplingRules
     from ddpm.sampler import Sampler
@@ -273,11 +274,11 @@ def sample(
         sampler=kind,
         eta=eta,
         labels=None if labels is None else parse_labels(labels),
-        low_res=None if low_res is None else files_of.load_picture(low_res),
+        low_res=None if low_res is None else files_of.load_picture(low_res, sampler.image_shape[0]),
         guidance_scale=guidance_scale,
         null_label=null_label,
-        image=None if image is None else files_of.load_picture(image, sampler.image_shape[0]),
-        mask=None if mask is None else files_of.load_mask(mask),
+        image=None if image is None else fitting(image, files_of.load_picture(image, sampler.image_shape[0]), sampler),
+        mask=None if mask is None else fitting(mask, files_of.load_mask(mask), sampler),
         resample=None if resample is None else parse_resample(resample),
         strength=strength,
         batch_size=batch_size,
@@ -321,6 +322,19 @@ def sample(
     if not quiet:
         seconds = time.perf_counter() - started
         click.echo(f"{len(done)} images in {seconds:.1f} s, loading included: {out}/")
+
+
+def fitting(path: Path, pixels: Tensor, sampler: Sampler) -> Tensor:
+    """The picture [..., H, W], which has the size of the checkpoint's images.
+
+    Raises:
+        ValueError: another size.
+    """
+    height, width = sampler.checkpoint.sample_size
+    if pixels.shape[-2:] != (height, width):
+        found = f"{pixels.shape[-1]} x {pixels.shape[-2]} pixels"
+        raise ValueError(f"{path} has {found}; expected {width} x {height}, the checkpoint's; resize it first")
+    return pixels
 
 
 def grid_scale(images: np.ndarray) -> int:

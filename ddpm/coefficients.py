@@ -153,19 +153,23 @@ def ddim_row(a: Tensor, p: Tensor, rules: SamplingRules) -> Tensor:
     return _as_row(row | {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
 
-def conditioning_columns(reached: Tensor, target: Tensor, guidance: float) -> dict[str, float]:
-    """The columns of guidance and inpainting.
+def conditioned_row(row: Tensor, reached: Tensor, target: Tensor, guidance: float) -> Tensor:
+    """The row with its columns of guidance and inpainting.
 
     Args:
+        row: of `ancestral_row` or `ddim_row`.
         reached: alphas_cumprod of the state that the step leads to, 1 at the end of the chain; 0-dim.
         target: of the state that it then jumps back to; the same where it does not.
         guidance: scale of classifier-free guidance.
     """
     a, ratio = float(reached), float(target.double() / reached.double())
-    return {
+    columns = {
         "guidance": guidance,
         "known_mean": math.sqrt(a),
         "known_std": math.sqrt(1 - a),
         "jump_mean": math.sqrt(ratio),
         "jump_std": math.sqrt(1 - ratio),
     }
+    row = row.clone()
+    row[[COLUMNS.index(name) for name in columns]] = torch.tensor([*columns.values()], dtype=torch.float64).float()
+    return row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Network
-from ddpm.checks import is_integer
+from ddpm.checks import is_integer, is_number
 from ddpm.unet import UNet
 
+LARGEST_GUIDANCE = 1e6  # far beyond any use, and far from overflow
 REPAINT_JUMP = 10  # length of a jump back in Lugmayr et al. 2022, appendix B
 
 
@@ -114,15 +114,15 @@ def check_guidance(network: Network, guidance_scale: Any, null_label: Any, n: in
         ValueError: no finite number, a network without classes, or no null_label to go with it: which class a training
             used for "no class", no checkpoint says.
     """
+    for name, value in (("guidance_scale", guidance_scale), ("null_label", null_label)):
+        if value is not None and not network.conditional:
+            raise ValueError(f"{name} was given, but this checkpoint is not class-conditional; leave it out")
     if guidance_scale is None:
         if null_label is not None:
             raise ValueError("null_label belongs to classifier-free guidance; pass guidance_scale= with it")
         return 1.0, None
-    number = isinstance(guidance_scale, (int, float)) and not isinstance(guidance_scale, bool)
-    if not number or not math.isfinite(guidance_scale):
+    if not is_number(guidance_scale) or not abs(guidance_scale) <= LARGEST_GUIDANCE:
         raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale!r}")
-    if not network.conditional:
-        raise ValueError("guidance_scale was given, but this checkpoint is not class-conditional; leave it out")
     if null_label is None:
         raise ValueError(
             "guidance_scale needs null_label=, the class that the training used for 'no class' (often the last one), "
@@ -187,15 +187,15 @@ def check_mask(mask: Any, n: int, shape: tuple[int, int, int]) -> Tensor:
     Raises:
         ValueError: another shape or other values.
     """
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.is_complex():
         raise ValueError(f"mask must be a tensor, 1 (or True) where the image is known; got {type(mask).__name__}")
     whole = mask[None, None] if mask.ndim == 2 else mask
     channels, height, width = shape
     fits = whole.ndim == 4 and len(whole) in (1, n) and whole.shape[1] in (1, channels)
     if not fits or whole.shape[2:] != (height, width):
         raise ValueError(
-            f"mask has shape {list(mask.shape)}; expected {[height, width]} or [{n} or 1, {channels} or 1, {height}, "
-            f"{width}]"
+            f"mask has shape {list(mask.shape)}; expected {[height, width]} or [{_either(n)}, {_either(channels)}, "
+            f"{height}, {width}]"
         )
     if not bool(((whole == 0) | (whole == 1)).all()):
         raise ValueError("mask must hold nothing but 0 (to be painted) and 1 (known); threshold it, as in mask > 0.5")
@@ -222,6 +222,12 @@ def _check_image(name: str, image: Any, n: int, channels: int, size: tuple[int, 
     height, width = size or ("h", "w")
     fits = image.ndim == 4 and image.shape[0] in (1, n) and image.shape[1] == channels
     if not fits or (size is not None and image.shape[2:] != size):
-        raise ValueError(f"{name} has shape {list(image.shape)}; expected [{n} or 1, {channels}, {height}, {width}]")
+        expected = f"[{_either(n)}, {channels}, {height}, {width}]"
+        raise ValueError(f"{name} has shape {list(image.shape)}; expected {expected}")
     if not bool((image.abs() <= 1.01).all()):  # bytes or [0, 255] by mistake; NaN too
         raise ValueError(f"{name} holds values outside [-1, 1]; scale bytes with x / 127.5 - 1")
+
+
+def _either(n: int) -> str:
+    """What a size may be that is 1 or n."""
+    return "1" if n == 1 else f"{n} or 1"

@@ -58,7 +58,8 @@ def load_picture(path: Path, channels: int = 3) -> Tensor:
     `to_uint8` gives its bytes back with every rounding.
 
     Raises:
-        ValueError: it is no picture, pillow is not installed, or another number of channels.
+        ValueError: it is no picture of 8 bits a channel, it is transparent where the images are not, pillow is not
+            installed, or another number of channels.
     """
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     if channels not in modes:
@@ -73,19 +74,31 @@ def load_mask(path: Path) -> Tensor:
     """A black and white picture file as bool [H, W], True where it is white.
 
     Raises:
-        ValueError: as `load_picture`.
+        ValueError: as `load_picture`; or nothing in it is white.
     """
-    return torch.from_numpy(_read_picture(path, "L") >= 128)
+    white = torch.from_numpy(_read_picture(path, "L") >= 128)
+    if not bool(white.any()):
+        raise ValueError(f"{path} has nothing white, so nothing would be known; a mask is 255 where it is, not 1")
+    return white
 
 
 def _read_picture(path: Path, mode: str) -> np.ndarray:
     """uint8 [H, W] or [H, W, C]."""
     try:
-        from PIL import Image
-
-        with Image.open(path) as picture:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ValueError(f"pillow is not installed, which reads {path}; install pillow") from error
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+                raise ValueError(f"{path} is a picture of mode {picture.mode}; save it with 8 bits a channel, as RGB")
+            transparent = picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
+            if transparent and mode != "RGBA":
+                raise ValueError(f"{path} is transparent in part, and nothing stands behind it; save it without alpha")
             return np.asarray(picture.convert(mode))
-    except (ImportError, OSError) as error:
+    # a damaged file, or one of more pixels than pillow takes for a picture
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} could not be read as a picture ({error})") from error
 
 

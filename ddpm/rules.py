@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddpm.checks import one_of
+from ddpm.checks import boolean, is_integer, is_number, one_of, positive_integer
 from ddpm.schedule import PREDICTION_TYPES
 from ddpm.timesteps import SPACINGS
 
@@ -85,8 +85,17 @@ class SamplingRules:
         ):
             if getattr(self, name) is not None:
                 one_of(name, getattr(self, name), allowed)
-        number = isinstance(self.eta, (int, float)) and not isinstance(self.eta, bool)
-        if not number or not 0 <= self.eta <= 1:
+        for name, low, high in (("clip_range", 0.0, 1e6), ("threshold_ratio", 0.0, 1.0), ("threshold_max", 1.0, 1e6)):
+            value = getattr(self, name)
+            if not is_number(value) or not low <= value <= high:
+                raise ValueError(f"{name} must be a number from {low:g} to {high:g}; got {value!r}")
+        if not is_integer(self.steps_offset) or self.steps_offset < 0:
+            raise ValueError(f"steps_offset must be an integer of at least 0; got {self.steps_offset!r}")
+        if self.ddim_steps is not None:
+            positive_integer("ddim_steps", self.ddim_steps)
+        for name in ("set_alpha_to_one", "rescale_timesteps"):
+            boolean(name, getattr(self, name))
+        if not is_number(self.eta) or not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be a number from 0 (deterministic) to 1 (as noisy as DDPM); got {self.eta!r}")
 
     @property

@@ -118,7 +118,7 @@ class Run:
             channels=channels,
             height=height,
             width=width,
-            capacity=max(len(self.table), s.checkpoint.schedule.num_train_timesteps),
+            capacity=self._capacity(),
             clip=rules.clip,
             variance=self.table.variance,
             threshold_ratio=rules.threshold_ratio,
@@ -130,6 +130,13 @@ class Run:
             inpaint=self.conditions.mask is not None,
         )
         return s.loop(shape, decide_compile(s.compile, s.device, gflop * (2 if shape.guided else 1)))
+
+    def _capacity(self) -> int:
+        """Rows of the loop's tables: T, or T times a power of two where an inpainting chain is longer than that."""
+        capacity = self.sampler.checkpoint.schedule.num_train_timesteps
+        while capacity < len(self.table):
+            capacity *= 2
+        return capacity
 
     def steps(self, loop: Loop, start: int, stop: int) -> Iterator[int]:
         """Walk the chain of images start .. stop - 1, step by step; the loop's buffers hold its state."""
@@ -147,7 +154,9 @@ class Run:
         except FloatingPointError as error:
             step, image = error.args
             seed = None if self.seeds is None else self.seeds[start + image]
-            advice = "try dtype='fp32'" if s.dtype in ("fp16", "bf16") else "the checkpoint or the input x_T is damaged"
+            advice = "the network's weights or the input x_T are damaged"
+            if s.dtype in ("fp16", "bf16"):
+                advice = "half precision may not hold its values; try float32"
             raise NonFiniteError(step, int(self.table.timesteps[step]), start + image, seed, advice) from None
 
     def _initial(self, seeds: Tensor | None, source: GeneratorNoise | None, start: int, stop: int) -> Tensor:

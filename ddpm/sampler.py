@@ -98,6 +98,7 @@ class Sampler:
         with ordinary_modes(self.device):
             self._network = fuse(checkpoint.network, DTYPES[self.dtype]).to(self.device)
         self._loops: dict[tuple[ChainShape, bool], Loop] = {}
+        self._storage: Any = None  # where the weights lay that the loops use
         self._gflop_per_image: float | None = None
 
     @classmethod
@@ -107,17 +108,20 @@ class Sampler:
         schedule: Schedule,
         image_shape: Sequence[int],
         *,
+        tf32: bool = False,
         compile: bool = False,
         **rules: Any,
     ) -> Sampler:
         """A sampler for a network of one's own, which is used as it is, where it is and in its own dtype.
 
         Args:
-            network: called as network(x, t) with x [N, C, H, W] and t int64 [N]; returns [N, C, H, W] (2C channels with
-                a learned variance), as a tensor or as the attribute `sample` of what it returns. On a GPU it is
-                captured in a CUDA graph: what it computes may not depend on values read back from the device.
+            network: called as network(x, t) with x [N, C, H, W], not to be changed in place, and t int64 [N]; returns
+                [N, C, H, W] (2C channels with a learned variance), as a tensor or as the attribute `sample` of what it
+                returns. On a GPU it is captured in a CUDA graph: what it computes may not depend on values read back
+                from the device. How much memory it takes is not known: give `sample` a batch_size for large networks.
             schedule: betas [T], from which t runs 0 .. T-1; or a `ddpm.schedule.NoiseSchedule`.
             image_shape: (C, H, W).
+            tf32: let float32 convolutions and matrix products on a GPU use TF32, torch's own default for convolutions.
             compile: run network and step through torch.compile, which then has to take the network as one graph.
             rules: how it is sampled, such as prediction_type="v_prediction", variance_type="fixed_large", clip="none",
                 sampler="ddim"; see `ddpm.rules.SamplingRules`. By default it predicts epsilon, x_0 is clamped to
@@ -129,10 +133,14 @@ class Sampler:
         checkpoint = load_module(network, schedule, image_shape, **rules)
         wrapped = checkpoint.network
         assert isinstance(wrapped, ModuleNetwork)
-        dtype = next((name for name, dtype in DTYPES.items() if dtype == wrapped.dtype), None)
-        if dtype is None:
+        names = {
+            torch.float32: "tf32" if boolean("tf32", tf32) else "fp32",
+            torch.float16: "fp16",
+            torch.bfloat16: "bf16",
+        }
+        if wrapped.dtype not in names:
             raise ValueError(f"network is in {wrapped.dtype}; convert it to float32, float16 or bfloat16")
-        return cls(checkpoint, device=wrapped.device, dtype=dtype, compile=boolean("compile", compile))
+        return cls(checkpoint, device=wrapped.device, dtype=names[wrapped.dtype], compile=boolean("compile", compile))
 
     @property
     def network(self) -> FusedNetwork:
@@ -279,6 +287,8 @@ class Sampler:
         if mask is None and resample is not None:
             raise ValueError("resample belongs to inpainting; pass mask= with it, or leave it out")
         network, checkpoint = self.checkpoint.network, self.checkpoint
+        if isinstance(network, ModuleNetwork):
+            network.point_out_training()
         guidance, null_classes = check_guidance(network, guidance_scale, null_label, n)
         conditions = Conditions(
             classes=embed_labels(network, labels, n),
@@ -342,6 +352,9 @@ class Sampler:
 
     def loop(self, shape: ChainShape, compiled: bool) -> Loop:
         """The loop for a chain shape, kept with its compilation and capture while it is among the last few used."""
+        if isinstance(self._network, ModuleNetwork) and self._network.storage != self._storage:
+            self._storage = self._network.storage
+            self._loops.clear()
         key = (shape, compiled)
         if key in self._loops:
             self._loops[key] = self._loops.pop(key)  # the most recent one is last

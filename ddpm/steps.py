@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.checks import is_integer, one_of
-from ddpm.coefficients import ancestral_row, conditioning_columns, ddim_row
+from ddpm.checks import is_integer, is_number, one_of
+from ddpm.coefficients import ancestral_row, conditioned_row, ddim_row
 from ddpm.kernels.reverse_step import COLUMNS, PLANES
 from ddpm.rules import SAMPLERS, SamplingRules
 from ddpm.schedule import NoiseSchedule
@@ -103,6 +103,77 @@ def step_table(
     Raises:
         ValueError: an argument out of range, or two that exclude each other.
     """
+    chain = _chain(schedule, rules, steps, timesteps, spacing, sampler, eta, ddim_epsilon)
+    start = None
+    if strength is not None:
+        walked = _started(len(chain.rising), strength)
+        chain = replace(chain, rising=chain.rising[:walked])
+        alpha_bar = float(chain.level(walked - 1))
+        start = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+    walk = repaint_walk(len(chain.rising), *(resample or (1, 1)))
+    rows = {step: chain.row(*step, guidance) for step in set(walk)}  # inpainting repeats its steps
+    coefficients = torch.stack([rows[step] for step in walk])
+    visited = torch.tensor([chain.rising[state] for state, _ in walk])
+    _check_finite(coefficients, visited, schedule)
+    distinct, time_rows = visited.unique(return_inverse=True)
+    if chain.rules.rescale_timesteps:
+        distinct = distinct.float() * (1000.0 / schedule.num_train_timesteps)
+    draws = tuple(chain.draws(*step, inpaint=resample is not None) for step in walk)
+    return StepTable(visited, distinct, time_rows, coefficients, draws, chain.rules, start)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Which timesteps are walked, by which rules. State i is x at timestep rising[i], state -1 is clean.
+
+    Attributes:
+        rising: timesteps in ascending order.
+        lag: diffusers' DDIM steps back by T // steps, whatever the next timestep of its chain is; else None.
+    """
+
+    schedule: NoiseSchedule
+    rules: SamplingRules
+    rising: list[int]
+    lag: int | None
+
+    def level(self, state: int) -> Tensor:
+        """alphas_cumprod of a state."""
+        table = self.schedule.alphas_cumprod
+        return torch.ones((), dtype=table.dtype) if state < 0 else table[self.rising[state]]
+
+    def row(self, state: int, after: int, guidance: float) -> Tensor:
+        """Coefficients of the step from a state to the one below, which ends in `after` where it jumps back."""
+        rules, t, a, reached = self.rules, self.rising[state], self.level(state), state - 1
+        p = _alpha_bar_after(self.schedule, rules, t - self.lag if self.lag else self.rising[reached] if state else -1)
+        if rules.sampler == "ddim":
+            row = ddim_row(a, p, rules)
+        else:
+            first = state + 1 == len(self.rising)
+            before = self.level(state + 1) if rules.convention == "openai" and not state and not first else None
+            row = ancestral_row(a, p, rules, noisy=_adds_noise(rules, t, last=not state), before=before)
+        return conditioned_row(row, self.level(reached), self.level(after), guidance)
+
+    def draws(self, state: int, after: int, *, inpaint: bool) -> tuple[int, ...]:
+        """What that step draws from a generator, see `StepTable`."""
+        drawn = {
+            "step": _draws(self.rules, self.rising[state], last=not state),
+            "known": inpaint and state > 0,
+            "jump": after != state - 1,
+        }
+        return tuple(plane for plane, name in enumerate(PLANES) if drawn[name])
+
+
+def _chain(
+    schedule: NoiseSchedule,
+    rules: SamplingRules,
+    steps: int | str | None,
+    timesteps: Sequence[int] | None,
+    spacing: str | None,
+    sampler: str | None,
+    eta: float | None,
+    ddim_epsilon: str | None,
+) -> _Chain:
+    """Arguments as in `step_table`."""
     total = schedule.num_train_timesteps
     if timesteps is not None and (steps is not None or spacing is not None):
         raise ValueError("give either timesteps or steps and spacing, not both")
@@ -120,51 +191,32 @@ def step_table(
         short = is_integer(length) and length < total
         sampler = (rules.short_sampler if short else None) or rules.sampler
     rules = _of_this_chain(rules, sampler, eta, ddim_epsilon)
-    lag = None  # diffusers' DDIM steps back by T // steps, whatever the next timestep of its chain is
-    if chain is None:
-        default = rules.ddim_steps if sampler == "ddim" and rules.ddim_steps else total
-        count = min(default, total) if length is None else length
-        own = rules.ddim_spacing if sampler == "ddim" else None
-        spacing = spacing or own or rules.timestep_spacing
-        chain = spaced_timesteps(total, count, spacing, rules.steps_offset)
-        if sampler == "ddim" and rules.convention == "diffusers" and spacing in DIFFUSERS_SPACINGS:
-            lag = total // count
+    if chain is not None:
+        return _Chain(schedule, rules, chain[::-1], None)
+    default = rules.ddim_steps if sampler == "ddim" and rules.ddim_steps else total
+    count = min(default, total) if length is None else length
+    own = rules.ddim_spacing if sampler == "ddim" else None
+    spacing = spacing or own or rules.timestep_spacing
+    chain = spaced_timesteps(total, count, spacing, rules.steps_offset)
+    lags = sampler == "ddim" and rules.convention == "diffusers" and spacing in DIFFUSERS_SPACINGS
+    return _Chain(schedule, rules, chain[::-1], total // count if lags else None)
 
-    start = None
-    if strength is not None:
-        chain = chain[len(chain) - _started(len(chain), strength) :]
-        alpha_bar = float(schedule.alphas_cumprod[chain[0]])
-        start = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
 
-    rising = chain[::-1]  # state i of the walk is x at the i-th least noisy timestep
-    levels = [*schedule.alphas_cumprod[rising], torch.ones((), dtype=schedule.alphas_cumprod.dtype)]  # [-1]: clean
-    rows, draws = [], []
-    walk = repaint_walk(len(chain), *(resample or (1, 1)))
-    for state, after in walk:
-        t, reached = rising[state], state - 1
-        last = reached < 0
-        p = _alpha_bar_after(schedule, rules, t - lag if lag else -1 if last else rising[reached])
-        if sampler == "ddim":
-            row = ddim_row(levels[state], p, rules)
-        else:
-            before = levels[state + 1] if last and rules.convention == "openai" and len(rising) > 1 else None
-            row = ancestral_row(levels[state], p, rules, noisy=_adds_noise(rules, t, last=last), before=before)
-        for name, value in conditioning_columns(levels[reached], levels[after], guidance).items():
-            row[COLUMNS.index(name)] = value
-        rows.append(row)
-        drawn = {"step": _draws(rules, t, last=last), "known": resample and not last, "jump": after != reached}
-        draws.append(tuple(plane for plane, name in enumerate(PLANES) if drawn[name]))
-    visited = torch.tensor([rising[state] for state, _ in walk])
-    distinct, time_rows = visited.unique(return_inverse=True)  # an inpainting chain visits its timesteps many times
-    if rules.rescale_timesteps:
-        distinct = distinct.float() * (1000.0 / total)
-    return StepTable(visited, distinct, time_rows, torch.stack(rows), tuple(draws), rules, start)
+def _check_finite(coefficients: Tensor, visited: Tensor, schedule: NoiseSchedule) -> None:
+    """Raise ValueError where a step has no numbers. The logarithms may be infinite: of a variance that is 0."""
+    columns = [i for i, name in enumerate(COLUMNS) if not name.startswith("log_")]
+    finite = coefficients[:, columns].isfinite().all(dim=1)
+    if not bool(finite.all()):
+        t = int(visited[~finite][0])
+        raise ValueError(
+            f"the noise schedule gives no finite step at timestep {t}, where alphas_cumprod is "
+            f"{float(schedule.alphas_cumprod[t]):g}; leave that timestep out of the chain"
+        )
 
 
 def _started(length: int, strength: float) -> int:
     """How many steps of the chain an SDEdit run walks."""
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not number or not 0 < strength <= 1:
+    if not is_number(strength) or not 0 < strength <= 1:
         raise ValueError(f"strength must be a number above 0 (the image as it is) and at most 1; got {strength!r}")
     steps = int(length * strength)
     if not steps:

@@ -160,7 +160,10 @@ def repaint_walk(length: int, passes: int, jump: int) -> list[tuple[int, int]]:
     """
     jumps = dict.fromkeys(range(0, length - jump, jump), passes - 1)
     if passes > 1 and not jumps:
-        raise ValueError(f"a chain of {length} steps is too short to jump back by {jump}; take more steps")
+        raise ValueError(
+            f"a chain of {length} steps is too short to jump back by {jump} (resample); take more steps or a shorter "
+            f"jump, such as resample=({passes}, {max(1, length // 2)})"
+        )
     walk = []
     state = length - 1
     while state >= 0:

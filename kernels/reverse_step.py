@@ -32,8 +32,8 @@ COLUMNS = (
 )
 CLIPS = ("none", "clamp", "dynamic")
 VARIANCES = ("fixed", "learned", "learned_range")
-# Each operation's result is rounded to this: float32 is none at all; a half precision repeats a pipeline whose state
-# has it.
+# What the result of each operation of the reverse step is rounded to: float32 is none at all; a half precision repeats
+# a pipeline whose state has it. Guidance and inpainting, which no such pipeline has, are not rounded.
 ROUNDINGS = ("float32", "float16", "bfloat16")
 # The draws of an inpainting step, in the order of the noise buffer's planes.
 PLANES = ("step", "known", "jump")
@@ -287,8 +287,8 @@ def reverse_step(
             +-S and a division by S, see `dynamic_threshold`. All pass NaN on.
         variance: std is s ("fixed"); s sqrt(v) ("learned"); s exp((f log_max + (1 - f) log_min) / 2) with
             f = (v + 1) / 2 ("learned_range"; Nichol and Dhariwal 2021, eq. 15). Where s is 0 no noise is added.
-        rounding: what every operation of the reverse step is rounded to, one of ROUNDINGS; the state's own dtype is
-            float32 all the same.
+        rounding: what every operation of the reverse step proper is rounded to, one of ROUNDINGS; the state's own dtype
+            is float32 all the same.
         seeds: int64 [N]: z is Philox's, PURPOSE_STEP. Or
         noise: float32 [N, C, H, W], NCHW contiguous: z itself; [3, N, C, H, W] with `known`, see PLANES.
         x0: receives this step's x_0; float32 [N, C, H, W], NCHW contiguous.

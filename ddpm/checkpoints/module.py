@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
+from ddpm.checks import positive_integer
 from ddpm.fused.module import ModuleNetwork
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
@@ -47,16 +48,17 @@ def _schedule(schedule: Schedule) -> NoiseSchedule:
     Raises:
         ValueError: no such numbers.
     """
-    if isinstance(schedule, NoiseSchedule):
-        return schedule
+    given = schedule.betas if isinstance(schedule, NoiseSchedule) else schedule
     try:
-        betas = torch.as_tensor(schedule if isinstance(schedule, Tensor) else np.asarray(schedule, dtype=np.float64))
+        betas = torch.as_tensor(given if isinstance(given, Tensor) else np.asarray(given, dtype=np.float64))
     except (TypeError, ValueError) as error:
         raise ValueError(f"schedule must be betas, numbers [T] in (0, 1]; got {type(schedule).__name__}") from error
     if betas.dtype not in (torch.float32, torch.float64) or betas.ndim != 1 or not len(betas):
         raise ValueError(f"schedule must be float betas [T]; got {betas.dtype} {list(betas.shape)}")
     if not bool(((betas > 0) & (betas <= 1)).all()):
         raise ValueError("schedule must be betas, all above 0 and at most 1; they are not alphas or alphas_cumprod")
+    if isinstance(schedule, NoiseSchedule):
+        return NoiseSchedule(betas.cpu(), schedule.alphas_cumprod.to("cpu", betas.dtype))
     return NoiseSchedule.from_betas(betas.detach().cpu())
 
 
@@ -66,10 +68,8 @@ def _image_shape(shape: Any) -> tuple[int, int, int]:
     Raises:
         ValueError: not three positive integers.
     """
-    try:
-        channels, height, width = (int(side) for side in shape)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"image_shape must be (channels, height, width); got {shape!r}") from error
-    if min(channels, height, width) < 1:
-        raise ValueError(f"image_shape must be (channels, height, width), all positive; got {shape!r}")
+    sides = tuple(shape) if isinstance(shape, (Sequence, torch.Size)) and not isinstance(shape, str) else ()
+    if len(sides) != 3:
+        raise ValueError(f"image_shape must be (channels, height, width); got {shape!r}")
+    channels, height, width = (positive_integer("each of image_shape", side) for side in sides)
     return channels, height, width

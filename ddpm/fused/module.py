@@ -1,12 +1,13 @@
 """Anyone's own network, any nn.Module called as network(x, t), behind the interface that the sampler asks of one.
 
-It is used as it is, not rebuilt: it keeps its layers, its dtype, its device, and changes of its weights are seen. What
-it gains is the step around it: reverse step and noise in one kernel, captured with the network on a GPU.
+It is used as it is, not rebuilt: it keeps its layers, its dtype and its device, and changes of its weights are seen.
+What it gains is the step around it: reverse step and noise in one kernel, captured with the network on a GPU.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -41,8 +42,9 @@ class ModuleNetwork(nn.Module):
     """A network as the sampler sees it, reference and fused form in one.
 
     Args:
-        network: called as network(x, t) with x [N, C, H, W] in its own dtype and t [N], int64, or float32 where
-            `rescaled`. It returns the output as a tensor, or as the attribute `sample` of what it returns.
+        network: called as network(x, t) with x [N, C, H, W] in its own dtype, which it may not change in place, and
+            t [N], int64, or float32 where `rescaled`. It returns the output as a tensor, or as the attribute `sample`
+            of what it returns.
         channels, out_channels: of the image and of the output.
         rescaled: whether the timesteps are rescaled (see `SamplingRules`), and so no integers.
     """
@@ -56,11 +58,22 @@ class ModuleNetwork(nn.Module):
         self.network, self.rescaled = network, rescaled
         self.config = ModuleConfig(channels, out_channels, (type(network).__name__,))
         self.time = Timesteps()
-        if network.training:
+
+    def point_out_training(self) -> None:
+        """Warn where the network is in training mode, as it is between two epochs."""
+        if self.network.training:
             warnings.warn(
-                f"{type(network).__name__} is in training mode, so that dropout would be active; call its eval() first",
-                stacklevel=4,
+                f"{type(self.network).__name__} is in training mode, so that dropout is active; call its eval() first",
+                stacklevel=2,
             )
+
+    @property
+    def storage(self) -> tuple[tuple[int, torch.dtype, torch.Size], ...]:
+        """Where its weights lie: a captured graph reads them there, and not where they are put afterwards."""
+        return tuple((t.data_ptr(), t.dtype, t.shape) for t in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return chain(self.network.parameters(), self.network.buffers())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,8 +83,7 @@ class ModuleNetwork(nn.Module):
     @property
     def device(self) -> torch.device:
         """Of its first parameter or buffer; the CPU without any."""
-        tensors = chain(self.network.parameters(), self.network.buffers())
-        return next((t.device for t in tensors), torch.device("cpu"))
+        return next((t.device for t in self._tensors()), torch.device("cpu"))
 
     def activation_elements(self, height: int, width: int) -> int:
         """Not known: only the largest automatic batch bounds the batch."""
@@ -85,15 +97,19 @@ class ModuleNetwork(nn.Module):
         """The network's output [N, out_channels, H, W] for x_t, float32 [N, C, H, W], and t, float32 [1, 1].
 
         Raises:
-            ValueError: the network returned something else than a tensor.
+            ValueError: the network returned something else than such a tensor.
         """
         t = row[0].expand(len(x))
         out = self.network(x.to(self.dtype), t if self.rescaled else t.long())
         out = getattr(out, "sample", out)
+        name, expected = type(self.network).__name__, [len(x), self.config.out_channels, *x.shape[2:]]
         if not isinstance(out, Tensor):
+            raise ValueError(f"{name} returned {type(out).__name__}; expected a tensor {expected}; wrap it in a module")
+        if list(out.shape) != expected:
+            other = "learned_range" if self.config.out_channels == self.config.in_channels else "fixed_small"
             raise ValueError(
-                f"{type(self.network).__name__} returned {type(out).__name__}; expected a tensor [N, "
-                f"{self.config.out_channels}, H, W]; wrap it in a module that returns one"
+                f"{name} returned {list(out.shape)}; expected {expected}, by the variance that it is sampled with; "
+                f"pass variance_type={other!r} if it is that one"
             )
         return out
 

@@ -432,15 +432,15 @@ def test_guidance_is_the_samplers(tmp_path, out):
 
 
 def test_pictures_that_do_not_fit_are_refused(checkpoint, out, picture, mask, tmp_path):
-    files_of.save_png(np.zeros((9, 8, 3), dtype=np.uint8), tmp_path / "large.png")
+    files_of.save_png(np.full((9, 8, 3), 255, dtype=np.uint8), tmp_path / "large.png")
     for arguments, sentence in (
         (["--image", picture], "image needs mask= (to paint the rest of it) or strength="),
         (["--mask", mask], "mask was given without image="),
         (
             ["--image", tmp_path / "large.png", "--strength", 0.5],
-            "image has shape [1, 3, 9, 8]; expected [16 or 1, 3, 8",
+            "large.png has 8 x 9 pixels; expected 8 x 8",
         ),
-        (["--image", picture, "--mask", tmp_path / "large.png"], "mask has shape [9, 8]; expected [8, 8]"),
+        (["--image", picture, "--mask", tmp_path / "large.png"], "large.png has 8 x 9 pixels; expected 8 x 8"),
         (["--image", picture, "--mask", mask, "--resample", "often"], "resample 'often' is no number of passes"),
         (["--image", tmp_path / "none.png"], "does not exist"),
     ):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ddpm
+from ddpm.checkpoints import Checkpoint, Report
 from ddpm.kernels.philox import (
     PURPOSE_IMG2IMG,
     PURPOSE_INITIAL,
@@ -19,10 +20,14 @@ from ddpm.kernels.philox import (
     philox_normal,
 )
 from ddpm.reference import sample_reference
+from ddpm.rules import SamplingRules
+from ddpm.schedule import NoiseSchedule
 from ddpm.timesteps import repaint_walk
+from ddpm.unet import UNet, UNetConfig
 from tests.helpers import save_tiny
 from tests.originals.conditioning import GaussianToy, guided, jump_states, repaint, sdedit, sdedit_closed_form
 from tests.tolerances import CHAIN
+from tests.weights import redraw
 
 SHAPE = (3, 8, 8)
 CLASSES = {"num_class_embeds": 5}
@@ -64,13 +69,19 @@ def sample(model: ddpm.Sampler, /, n: int = 2, **options: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("length", "passes", "jump"), [(1, 1, 1), (12, 1, 10), (12, 2, 3), (12, 3, 11), (250, 10, 10), (30, 2, 1)]
 )
-def test_the_walk_is_that_of_the_paper(length, passes, jump):
+def test_the_walk_is_that_of_the_references(length, passes, jump):
     walk = repaint_walk(length, passes, jump)
     states = [length - 1]
     for before, after in walk:
         assert before == states[-1]
         states += [before - 1] + ([after] if after != before - 1 else [])
     assert states == jump_states(length, passes, jump)
+
+
+def test_a_walk_written_out():
+    """States 3, 2, 3, 2, 1, 2, 1, 0, 1, 0 and -1, clean: each part of one step is walked twice."""
+    assert repaint_walk(4, 2, 1) == [(3, 3), (3, 2), (2, 2), (2, 1), (1, 1), (1, 0), (0, -1)]
+    assert repaint_walk(3, 1, 10) == [(2, 1), (1, 0), (0, -1)]
 
 
 RESAMPLES = {"once": None, "twice": (2, 3), "thrice": (3, 4), "a number": 2}
@@ -100,6 +111,38 @@ def test_repaint_with_a_generator(tmp_path, resample, clip):
     assert float((images - expected).abs().max()) <= CHAIN * scale
     assert torch.equal(images[region()], picture()[region()])
     assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+OTHERS = {
+    "openai": {"convention": "openai"},
+    "ermongroup": {"convention": "ermongroup"},
+    "lucidrains": {"convention": "lucidrains"},
+    "ddim, eta 1, is ancestral sampling": {"sampler": "ddim", "eta": 1.0, "clip": "none"},
+}
+
+
+@pytest.mark.parametrize("rules", OTHERS.values(), ids=OTHERS.keys())
+def test_repaint_as_every_family_draws(sampler, rules):
+    """Some draw at the last step too, behind all that is used."""
+    checkpoint, source = sampler.checkpoint, generator()
+    own = ddpm.Sampler.from_module(Plain(checkpoint.network), checkpoint.schedule.betas.double(), SHAPE, **rules)
+    chain = [90, 70, 55, 40, 20, 10, 4, 0]
+    expected = repaint(
+        checkpoint.network,
+        alphas_cumprod(own),
+        chain,
+        torch.randn(2, *SHAPE, generator=source),
+        picture(),
+        region(),
+        2,
+        3,
+        lambda kind: torch.randn(2, *SHAPE, generator=source),
+        rules.get("clip") != "none",
+    )
+    options = {"timesteps": chain, "steps": None, "image": picture(), "mask": region(), "resample": (2, 3)}
+    images = sample(own, generator=generator(), **options)
+    assert float((images - expected).abs().max()) <= CHAIN * max(1.0, float(expected.abs().max()))
+    assert torch.equal(images[region()], picture()[region()])
 
 
 def test_repaint_with_seeds(sampler):
@@ -264,6 +307,54 @@ def test_guidance_equals_two_separate_forwards(tmp_path, variance, scale):
     assert float((images - expected).abs().max()) <= CHAIN
 
 
+def test_guidance_of_a_network_that_enlarges_images():
+    """Both halves of the batch see the small image."""
+    config = UNetConfig(
+        block_out_channels=(8, 16), down_attention=(False, True), up_attention=(True, False), layers_per_block=1,
+        norm_num_groups=4, mid_norm_num_groups=4, sample_size=(8, 8), in_channels=6, condition_channels=3,
+        class_embedding="table", num_class_embeds=5,
+    )  # fmt: skip
+    network, rules = redraw(UNet(config)).eval().requires_grad_(False), SamplingRules()
+    schedule = NoiseSchedule.from_betas(torch.linspace(1e-3, 0.05, 100))
+    checkpoint = Checkpoint("guided-diffusion", "x", network, schedule, rules, (8, 8), "truncate", Report())
+    sampler, source = ddpm.Sampler(checkpoint, device="cpu", compile=False), generator()
+    labels, low_res = torch.tensor([0, 3]), picture()[..., ::2, ::2]
+    enlarged = torch.nn.functional.interpolate(low_res, (8, 8), mode="bilinear")
+    expected = sample_reference(
+        lambda x, t: guided(lambda x, t, y: network(x, t, y, enlarged), x, t, labels, 4, 2.5),
+        schedule,
+        rules,
+        sampler.plan(1, steps=12, labels=0, low_res=low_res[:1]).table.timesteps.tolist(),
+        torch.randn(2, *SHAPE, generator=source),
+        lambda i: torch.randn(2, *SHAPE, generator=source),
+    )
+    options = {"labels": labels, "low_res": low_res, "guidance_scale": 2.5, "null_label": 4}
+    assert float((sample(sampler, generator=generator(), **options) - expected).abs().max()) <= CHAIN
+
+
+def test_every_image_may_have_a_null_class_of_its_own(tmp_path):
+    sampler = load(tmp_path, CLASSES)
+    options = {"labels": 1, "guidance_scale": 2.5}
+    together = sample(sampler, null_label=[4, 0], seeds=[1, 2], **options)
+    alone = [sample(sampler, 1, null_label=null, seeds=[seed], **options) for null, seed in ((4, 1), (0, 2))]
+    assert float((together - torch.cat(alone)).abs().max()) <= CHAIN
+    assert float((together - sample(sampler, null_label=4, seeds=[1, 2], **options))[1].abs().max()) > 0.01
+
+
+def test_guided_runs_count_twice_in_the_automatic_batch(tmp_path, monkeypatch):
+    sampler = load(tmp_path, CLASSES)
+    monkeypatch.setattr("ddpm.sampler.available_memory", lambda device: int(8.4 * sampler._bytes_per_image() / 0.7))
+    assert sampler.plan(8, labels=1).batch_size == 8
+    assert sampler.plan(8, labels=1, guidance_scale=2, null_label=4).batch_size == 4
+
+
+def test_the_tables_of_longer_walks_are_shared(sampler):
+    """Capacities grow by doubling, so that a captured step serves chains of about the same length."""
+    for passes in (20, 21, 22):
+        sample(sampler, image=picture(), mask=region(), resample=(passes, 1), seeds=[1, 2])
+    assert {loop.shape.capacity for loop in sampler.loops if loop.shape.inpaint and loop.shape.capacity > 200} == {400}
+
+
 def test_a_scale_of_one_is_plain_conditional_sampling(tmp_path):
     sampler = load(tmp_path, CLASSES)
     plain = sample(sampler, labels=1, seeds=[1, 2])
@@ -328,8 +419,8 @@ IMAGE, MASK = picture(), region()
         ({"image": IMAGE, "mask": MASK, "resample": True}, "resample must be a number of passes"),
         ({"image": IMAGE, "mask": MASK, "resample": (2, 12)}, "a chain of 12 steps is too short to jump back by 12"),
         ({"guidance_scale": 2.0, "null_label": 0}, "guidance_scale was given, but this checkpoint is not class-cond"),
-        ({"null_label": 0}, "null_label belongs to classifier-free guidance"),
-        ({"guidance_scale": "two"}, "guidance_scale must be a finite number"),
+        ({"null_label": 0}, "null_label was given, but this checkpoint is not class-conditional"),
+        ({"image": IMAGE, "mask": MASK.to(torch.complex64)}, "mask must be a tensor"),
     ],
 )
 def test_what_is_refused(sampler, options, message):
@@ -341,6 +432,10 @@ def test_what_is_refused(sampler, options, message):
     ("options", "message"),
     [
         ({"guidance_scale": 2.0}, "guidance_scale needs null_label="),
+        ({"null_label": 4}, "null_label belongs to classifier-free guidance"),
+        ({"guidance_scale": "two", "null_label": 4}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": 10**400, "null_label": 4}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": 1e39, "null_label": 4}, "guidance_scale must be a finite number"),
         ({"guidance_scale": 2.0, "null_label": 5}, "null_label must be integers from 0 to 4"),
         ({"guidance_scale": float("nan"), "null_label": 4}, "guidance_scale must be a finite number"),
         ({"labels": 7, "guidance_scale": 2.0, "null_label": 4}, "labels must be integers from 0 to 4"),

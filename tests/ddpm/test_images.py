@@ -191,6 +191,28 @@ def test_what_is_no_picture_is_refused(tmp_path):
         load_picture(tmp_path / "text.png", 2)
 
 
+def test_pictures_that_would_be_misread_are_refused(tmp_path):
+    deep, clear, ones = (tmp_path / name for name in ("deep.png", "clear.png", "ones.png"))
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(deep)
+    Image.fromarray(np.full((8, 8, 4), 127, dtype=np.uint8)).save(clear)
+    Image.fromarray(np.ones((8, 8), dtype=np.uint8)).save(ones)
+    for load in (load_picture, load_mask):
+        with pytest.raises(ValueError, match="mode I;16; save it with 8 bits a channel"):
+            load(deep)
+        with pytest.raises(ValueError, match="is transparent in part"):
+            load(clear)
+    assert load_picture(clear, 4).shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="has nothing white, so nothing would be known; a mask is 255 where it is"):
+        load_mask(ones)
+
+
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    save_png(np.zeros((40, 40, 3), dtype=np.uint8), tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match="could not be read as a picture"):
+        load_picture(tmp_path / "large.png")
+
+
 def test_a_grid_of_so_many_columns():
     images = np.zeros((6, 4, 4, 3), dtype=np.uint8)
     assert make_grid(images, padding=1, columns=6).shape == (6, 31, 3)

@@ -135,8 +135,25 @@ def test_betas_of_any_kind(betas):
 
 
 def test_a_network_in_training_mode_is_pointed_out():
+    """Whenever it is sampled so: between two epochs, say."""
+    network = Own()
+    sampler = ddpm.Sampler.from_module(network, BETAS, SHAPE)
+    network.train()
     with pytest.warns(UserWarning, match="Own is in training mode"):
-        ddpm.Sampler.from_module(Own().train(), BETAS, SHAPE)
+        images(sampler)
+
+
+def test_weights_put_elsewhere_are_seen():
+    """A captured graph would read them where they lay."""
+    network = Own()
+    sampler = ddpm.Sampler.from_module(network, BETAS, SHAPE)
+    images(sampler)
+    loops = sampler.loops
+    images(sampler)
+    assert sampler.loops == loops
+    network.load_state_dict({name: -value for name, value in network.state_dict().items()}, assign=True)
+    assert torch.equal(images(sampler), images(ddpm.Sampler.from_module(network, BETAS, SHAPE)))
+    assert sampler.loops != loops
 
 
 def test_explain_names_it():
@@ -154,7 +171,15 @@ def test_explain_names_it():
         ({"schedule": torch.ones(2, 2)}, "schedule must be float betas"),
         ({"schedule": np.array([])}, "schedule must be float betas"),
         ({"image_shape": (3, 6)}, "image_shape must be .channels, height, width."),
-        ({"image_shape": (3, 0, 6)}, "image_shape must be .* all positive"),
+        ({"image_shape": (3, 0, 6)}, "each of image_shape must be a positive integer; got 0"),
+        ({"image_shape": (3.9, 6, 6)}, "each of image_shape must be a positive integer; got 3.9"),
+        ({"image_shape": "388"}, "image_shape must be .channels, height, width."),
+        ({"clip_range": -1}, "clip_range must be a number from 0"),
+        ({"threshold_ratio": 5}, "threshold_ratio must be a number from 0 to 1"),
+        ({"set_alpha_to_one": "no"}, "set_alpha_to_one must be True or False"),
+        ({"steps_offset": -3}, "steps_offset must be an integer of at least 0"),
+        ({"ddim_steps": "x"}, "ddim_steps must be a positive integer"),
+        ({"tf32": 1}, "tf32 must be True or False"),
         ({"variance": "big"}, "unknown rule variance"),
         ({"variance_type": "big"}, "variance_type 'big' is not one of"),
         ({"compile": "auto"}, "compile must be True or False"),
@@ -167,10 +192,24 @@ def test_what_is_refused(change, message):
 
 
 def test_an_output_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="Wrapped returned tuple; expected a tensor"):
+    with pytest.raises(ValueError, match=r"Wrapped returned tuple; expected a tensor \[2, 3, 6, 5\]"):
         images(ddpm.Sampler.from_module(Wrapped(lambda out: (out,)), BETAS, SHAPE))
 
 
-def test_an_output_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="out must have shape"):
-        images(ddpm.Sampler.from_module(Wrapped(lambda out: out[:, :2]), BETAS, SHAPE))
+@pytest.mark.parametrize("wrap", [lambda out: out[:, :2], lambda out: torch.cat([out, out]), lambda out: out[..., :3]])
+def test_an_output_of_another_shape_is_refused(wrap):
+    with pytest.raises(ValueError, match=r"Wrapped returned .*; expected \[2, 3, 6, 5\]"):
+        images(ddpm.Sampler.from_module(Wrapped(wrap), BETAS, SHAPE))
+
+
+def test_a_learned_variance_is_not_dropped_in_silence():
+    with pytest.raises(ValueError, match=r"Own returned .2, 6, 6, 5.; .* pass variance_type='learned_range'"):
+        images(ddpm.Sampler.from_module(Own(6), BETAS, SHAPE))
+    with pytest.raises(ValueError, match=r"Own returned .2, 3, 6, 5.; .* pass variance_type='fixed_small'"):
+        images(ddpm.Sampler.from_module(Own(), BETAS, SHAPE, variance_type="learned_range"))
+
+
+def test_betas_that_give_no_step_are_refused():
+    """Of 1e-9 nothing is left in float32: alphas_cumprod is 1, and the last step 0 / 0."""
+    with pytest.raises(ValueError, match="no finite step at timestep 0, where alphas_cumprod is 1"):
+        images(ddpm.Sampler.from_module(Own(), torch.linspace(1e-9, 0.02, 60), SHAPE))
