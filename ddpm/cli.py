@@ -443,7 +443,7 @@ def _ddim_steps(rules: SamplingRules) -> str:
 @click.argument("directory", metavar="DST", type=click.Path(path_type=Path))
 @loader_options
 def convert(source: str, directory: Path, options: tuple[str, ...], **family_options: Any) -> None:
-    """Write the checkpoint SRC, of any family, as a pipeline directory of diffusers, DST.
+    """Write the checkpoint SRC as a pipeline directory of diffusers, DST; of any family but lucidrains'.
 
     DST is new, or an empty directory. What diffusers cannot express is refused; what it does otherwise is printed.
     """

@@ -7,6 +7,7 @@ captured step reads no host value. On the CPU the same step runs compiled or eag
 from __future__ import annotations
 
 import shutil
+import threading
 import types
 import warnings
 from collections import deque
@@ -125,13 +126,21 @@ class Loop:
         device: "cpu" or "cuda:i".
         compiled: run the step through torch.compile.
         tf32: let float32 convolutions and matrix products use TF32.
+        lock: held while a step is walked; one for all loops of a network.
 
     Attributes:
         compilations, captures: how often each happened, 0 or 1.
     """
 
     def __init__(
-        self, network: FusedNetwork, shape: ChainShape, device: torch.device, *, compiled: bool, tf32: bool = False
+        self,
+        network: FusedNetwork,
+        shape: ChainShape,
+        device: torch.device,
+        *,
+        compiled: bool,
+        tf32: bool = False,
+        lock: AbstractContextManager[Any] | None = None,
     ):
         self.network, self.shape, self.device, self.tf32 = network, shape, device, tf32
         with ordinary_modes(device):
@@ -143,6 +152,7 @@ class Loop:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._table: StepTable | None = None
         self._chain: object | None = None  # the one whose state the buffers hold
+        self._lock = lock or threading.RLock()
 
     def _allocate(self) -> StepBuffers:
         shape, network = self.shape, self.network
@@ -259,8 +269,9 @@ class Loop:
             FloatingPointError: the network's output was NaN or infinite; its args are (step, image). At the end.
             RuntimeError: another chain was begun in between, which has overwritten the buffers.
         """
-        self._chain = chain = object()
-        with self._settings():
+        chain = object()
+        with self._lock, self._settings():
+            self._chain = chain
             self._set_table(table)
             self.prepare()  # warm-up overwrites the state, so it comes before the state is set
             self._reset()
@@ -269,21 +280,25 @@ class Loop:
             self._set_conditions(conditions or Conditions())
         pace = Pace(self.device)
         for i in range(len(table)):
-            with self._settings():  # not while the caller has control
+            with self._lock, self._settings():  # not while the caller has control
+                self._check_owner(chain)
                 if feed is not None:
                     for plane in table.draws[i]:
                         feed.next(plane)
                 self._run_step()
                 pace.step()
             yield i
-            if self._chain is not chain:
-                raise RuntimeError(
-                    "another chain was begun on this sampler while one was being walked; finish one before the next"
-                )
-        with self._settings():
+        with self._lock, self._settings():
+            self._check_owner(chain)
             found = decode_nonfinite(int(self.buffers.nonfinite.item()))
         if found is not None:
             raise FloatingPointError(*found)
+
+    def _check_owner(self, chain: object) -> None:
+        if self._chain is not chain:
+            raise RuntimeError(
+                "another chain was begun on this sampler while one was being walked; finish one before the next"
+            )
 
     def _set_noise(self, seeds: Tensor | None, generator: GeneratorNoise | None, n: int) -> NoiseFeed | None:
         if self.buffers.noise is not None:
@@ -426,6 +441,17 @@ def can_compile(device: torch.device) -> bool:
     return backend.HAVE_TRITON
 
 
+def check_compile(choice: Any) -> bool | str:
+    """The choice: True, False or "auto".
+
+    Raises:
+        ValueError: another.
+    """
+    if not isinstance(choice, bool) and choice != "auto":
+        raise ValueError(f"compile must be True, False or 'auto'; got {choice!r}")
+    return choice
+
+
 def decide_compile(choice: bool | str, device: torch.device, gflop: float) -> bool:
     """Resolve compile="auto": worth it where the run repays the compilation.
 
@@ -437,9 +463,7 @@ def decide_compile(choice: bool | str, device: torch.device, gflop: float) -> bo
     Raises:
         ValueError: True where nothing can compile, or another value.
     """
-    if choice not in (True, False, "auto"):
-        raise ValueError(f"compile must be True, False or 'auto'; got {choice!r}")
-    if choice is False:
+    if check_compile(choice) is False:
         return False
     if not can_compile(device):
         if choice is True:

@@ -312,7 +312,7 @@ class LucidrainsUNet(nn.Module):
 
     def example(self, n: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Arguments of `forward`, all zero, for counting."""
-        x = torch.zeros(n, self.config.channels, height, width)
+        x = torch.zeros(n, self.config.channels, height, width, dtype=torch.float32)
         return x, torch.zeros(n, dtype=torch.int64), None, x if self.self_condition else None
 
     def embed_time(self, timesteps: Tensor) -> Tensor:

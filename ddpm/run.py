@@ -90,22 +90,33 @@ class Run:
         with progress_bar(len(starts) * len(self.table), self.progress) as advance:
             for start in starts:
                 stop = min(start + self.batch_size, self.n)
-                for i in self.steps(loop, start, stop):
-                    advance()
-                    if self.callback is not None:
-                        assert loop.buffers.x_0 is not None  # the loop's shape says preview
-                        preview = loop.buffers.x_0[: stop - start].cpu().clone()
-                        self.callback(i, int(self.table.timesteps[i]), preview)
-                images = loop.buffers.x[: stop - start].to("cpu", copy=True)
+                with self.sampler.lock:  # chains of other threads wait for this one's end
+                    for i in self.steps(loop, start, stop):
+                        advance()
+                        if self.callback is not None:
+                            assert loop.buffers.x_0 is not None  # the loop's shape says preview
+                            preview = loop.buffers.x_0[: stop - start].cpu().clone()
+                            self.callback(i, int(self.table.timesteps[i]), preview)
+                    images = loop.buffers.x[: stop - start].to("cpu", copy=True)
                 yield Batch(start, images, None if self.seeds is None else self.seeds[start:stop])
 
     def states(self) -> Iterator[StepBuffers]:
-        """Walk one chain of all n images, a batch; the loop's buffers after each step, the same object every time."""
+        """Walk one chain of all n images, a batch; the loop's buffers after each step, the same object every time.
+
+        Another chain that begins before this one's end makes it fail; who cannot have that holds the sampler's lock.
+        """
         loop = self.loop()
         with progress_bar(len(self.table), self.progress) as advance:
             for _ in self.steps(loop, 0, self.n):
                 advance()
                 yield loop.buffers
+
+    def final(self) -> Tensor:
+        """Walk one chain of all n images: x_0, float32 [n, C, H, W], a copy on the device. Other threads wait."""
+        with self.sampler.lock:
+            for buffers in self.states():
+                x = buffers.x
+            return x.clone()
 
     def loop(self) -> Loop:
         """The sampler's loop for chains of this shape."""

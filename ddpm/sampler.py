@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from ddpm.conditioning import (
 )
 from ddpm.devices import DTYPES, available_memory, ordinary_modes, resolve_device, resolve_dtype
 from ddpm.fused import FusedNetwork, ModuleNetwork, fuse
-from ddpm.loop import ChainShape, Loop
+from ddpm.loop import ChainShape, Loop, check_compile
 from ddpm.noise import GeneratorNoise
 from ddpm.run import Batch, Callback, NonFiniteError, Progress, Run
 from ddpm.steps import step_table
@@ -80,6 +81,7 @@ class Sampler:
         checkpoint: what was loaded.
         device, dtype: of the network.
         last_seeds: of the last `sample` call; None if it used a generator.
+        lock: held from the beginning to the end of a chain, so that threads take turns.
     """
 
     def __init__(
@@ -93,10 +95,11 @@ class Sampler:
         self.checkpoint = checkpoint
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.compile = compile
+        self.compile = check_compile(compile)
         self.last_seeds: list[int] | None = None
         with ordinary_modes(self.device):
             self._network = fuse(checkpoint.network, DTYPES[self.dtype]).to(self.device)
+        self.lock = threading.RLock()
         self._loops: dict[tuple[ChainShape, bool], Loop] = {}
         self._storage: Any = None  # where the weights lay that the loops use
         self._gflop_per_image: float | None = None
@@ -352,18 +355,19 @@ class Sampler:
 
     def loop(self, shape: ChainShape, compiled: bool) -> Loop:
         """The loop for a chain shape, kept with its compilation and capture while it is among the last few used."""
-        if isinstance(self._network, ModuleNetwork) and self._network.storage != self._storage:
-            self._storage = self._network.storage
-            self._loops.clear()
-        key = (shape, compiled)
-        if key in self._loops:
-            self._loops[key] = self._loops.pop(key)  # the most recent one is last
-        else:
-            while len(self._loops) >= KEPT_LOOPS:
-                del self._loops[next(iter(self._loops))]
-            tf32 = self.dtype == "tf32"
-            self._loops[key] = Loop(self._network, shape, self.device, compiled=compiled, tf32=tf32)
-        return self._loops[key]
+        with self.lock:
+            if isinstance(self._network, ModuleNetwork) and self._network.storage != self._storage:
+                self._storage = self._network.storage
+                self._loops.clear()
+            key = (shape, compiled)
+            if key in self._loops:
+                self._loops[key] = self._loops.pop(key)  # the most recent one is last
+            else:
+                while len(self._loops) >= KEPT_LOOPS:
+                    del self._loops[next(iter(self._loops))]
+                tf32 = self.dtype == "tf32"
+                self._loops[key] = Loop(self._network, shape, self.device, compiled=compiled, tf32=tf32, lock=self.lock)
+            return self._loops[key]
 
     @property
     def loops(self) -> list[Loop]:
@@ -378,7 +382,7 @@ class Sampler:
         step = "Triton kernel reverse_step" if triton else "reverse_step_ref (plain PyTorch)"
         graph = "captured in a CUDA graph, replayed once per step" if self.device.type == "cuda" else "run step by step"
         lines = [
-            f"device: {self.device}, dtype: {self.dtype} (state, noise and step in float32)",
+            f"device: {self.device}, dtype: {self.dtype} (state and noise in float32)",
             f"step: {graph}; compile={self.compile}",
             f"reverse step: {step}; noise: Philox 4x32-10 per seed, or a torch.Generator through a buffer",
         ]

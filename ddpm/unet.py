@@ -421,10 +421,11 @@ class UNet(nn.Module):
         """Arguments of `forward`, all zero, for counting."""
         labels = torch.zeros(n, dtype=torch.int64) if self.conditional else None
         if self.config.class_embedding == "identity":
-            labels = torch.zeros(n, self.config.embedding_dim)
+            labels = torch.zeros(n, self.config.embedding_dim, dtype=torch.float32)
         channels, extra = self.config.in_channels - self.condition_channels, self.condition_channels
-        condition = torch.zeros(n, extra, height, width) if extra else None
-        return torch.zeros(n, channels, height, width), torch.zeros(n, dtype=torch.int64), labels, condition
+        condition = torch.zeros(n, extra, height, width, dtype=torch.float32) if extra else None
+        x = torch.zeros(n, channels, height, width, dtype=torch.float32)
+        return x, torch.zeros(n, dtype=torch.int64), labels, condition
 
     def timestep_features(self, timesteps: Tensor) -> Tensor:
         """What the time MLP reads, float32 [N, features], for timesteps [N]."""

@@ -182,9 +182,12 @@ def _sample_size(config: UNetConfig, rules: SamplingRules, where: Path | str) ->
     """
     wanted = config.in_channels * (2 if rules.learned_variance else 1)
     if config.out_channels != wanted:
+        kind = f"variance_type {rules.variance_type!r}"
+        if rules.sampler == "ddim" and not rules.learned_variance:
+            kind = "DDIMScheduler, which knows no learned variance,"
         raise ValueError(
-            f"{where} has out_channels={config.out_channels}, but variance_type {rules.variance_type!r} with "
-            f"{config.in_channels} image channels needs {wanted}; one of the two is wrong"
+            f"{where} has out_channels={config.out_channels}, but {kind} with {config.in_channels} image channels "
+            f"needs {wanted}; one of the two is wrong"
         )
     if config.sample_size is None:
         raise ValueError(f"{where} has no sample_size, the resolution to sample at; add it")

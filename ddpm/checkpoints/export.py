@@ -36,7 +36,7 @@ def save_diffusers(checkpoint: Checkpoint, directory: str | os.PathLike[str]) ->
     The directory appears when it is complete: it is written under a temporary name beside its own, and renamed.
 
     Args:
-        checkpoint: of any family; its weights are written as they were loaded, in float32.
+        checkpoint: its weights are written as they were loaded, in float32.
         directory: to be created; an empty one is replaced.
 
     Returns:
@@ -218,8 +218,9 @@ def _free_destination(directory: Path) -> Path:
             raise ValueError(f"{directory} exists and is no empty directory; name a new one, nothing is overwritten")
         if target == Path.cwd():
             raise ValueError(f"{directory} is the current directory, which cannot be replaced; name a new one")
-    except OSError as error:
-        raise ValueError(f"cannot write {directory} ({error.strerror or error}); name another directory") from error
+    except (OSError, RuntimeError) as error:  # the second where there is no such home directory
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write {directory} ({reason}); name another directory") from error
     return target
 
 

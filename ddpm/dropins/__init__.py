@@ -1,1 +1,1 @@
-"""Drop-ins: the calls of other libraries, answered by `ddpm.Sampler`; one file per library."""
+"""Drop-ins: the calls of other libraries, answered by `ddpm.Sampler`; a file for each, and what they need."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
+import threading
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +18,7 @@ from ddpm.devices import DTYPES, ordinary_modes, resolve_device
 from ddpm.dropins.fingerprint import fingerprint
 from ddpm.dropins.live import INSTEAD, PIPELINE, network_of, read_checkpoint, read_scheduler, structure
 from ddpm.kernels.reverse_step import COLUMNS
+from ddpm.loop import check_compile
 from ddpm.noise import GeneratorNoise, default_generator
 from ddpm.run import Run
 from ddpm.sampler import Sampler
@@ -47,7 +50,7 @@ def accelerate(pipe: P, *, dtype: str = "auto", compile: bool | str = "auto", ro
     It is of `pipe`'s class and shares its modules and settings: what is changed in one, a scheduler say, is changed in
     both. `pipe` itself works as before. Beside the pipeline's own attributes it has `sampler` (the `ddpm.Sampler` that
     draws), `explain()` and `refresh()`. The network's weights are looked at before every call; where they have changed,
-    it is fused anew.
+    it is fused anew. A float32 copy of them stays on the CPU.
 
     Args:
         pipe: DDPMPipeline or DDIMPipeline, with a UNet2DModel and a DDPMScheduler or DDIMScheduler, on the CPU or a
@@ -62,12 +65,14 @@ def accelerate(pipe: P, *, dtype: str = "auto", compile: bool | str = "auto", ro
     Raises:
         ValueError: another object, or something about it that would not be repeated; one sentence that names it.
     """
-    plain = pipe.plain if isinstance(pipe, Accelerated) else type(pipe)
+    plain = pipe._plain if isinstance(pipe, Accelerated) else type(pipe)
     _check_pipeline(plain)
     one_of("dtype", dtype, ("auto", *DTYPES))
     one_of("rounding", rounding, ROUNDINGS)
-    if not isinstance(compile, bool) and compile != "auto":
-        raise ValueError(f"compile must be True, False or 'auto'; got {compile!r}")
+    check_compile(compile)
+    for name in ("sampler", "explain", "refresh"):
+        if not isinstance(pipe, Accelerated) and hasattr(pipe, name):
+            raise ValueError(f"pipe has an attribute {name} of its own, which an accelerated pipeline uses; rename it")
     accelerated = _blank(plain, Options(dtype, compile, rounding))
     accelerated.__dict__ = pipe.__dict__
     accelerated.refresh()
@@ -95,14 +100,15 @@ class Accelerated:
     Its state lies in slots, since its __dict__ is the pipeline's. It is made at the first use: a copy, or what
     from_pretrained returns, has none yet.
 
-    Attributes:
-        plain: the pipeline's own class.
-        options: of `accelerate`.
+    Its class has the pipeline's own one as `_plain`, and the arguments of `accelerate` as `_options`.
     """
 
-    __slots__ = ("_sampler", "_seen")
-    plain: ClassVar[Any]
-    options: ClassVar[Options]
+    __slots__ = ("_lock", "_sampler", "_seen")
+    _plain: ClassVar[Any]
+    _options: ClassVar[Options]
+    _lock: Any
+    _sampler: Sampler
+    _seen: tuple[Any, ...]
     # The pipeline's:
     unet: Any
     scheduler: Any
@@ -111,12 +117,22 @@ class Accelerated:
     numpy_to_pil: Any
     maybe_free_model_hooks: Any
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        self._lock = threading.RLock()  # a call reads the scheduler and sets its timesteps: threads take turns
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.plain, self.options), self.__dict__
+        return _blank, (self._plain, self._options), self.__dict__
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler for the network and the scheduler as they are now."""
+        """A sampler for the network and the scheduler as they are now; it stays as it is."""
+        with self._lock:
+            return copy.copy(self._current())
+
+    def _current(self) -> Sampler:
+        """The sampler of this call."""
         seen = self._look()
         if getattr(self, "_seen", None) != seen:
             if hasattr(self, "_seen"):
@@ -150,17 +166,17 @@ class Accelerated:
     def _fuse(self, seen: tuple[Any, ...]) -> None:
         device, own, *_ = seen
         self._rounding()
-        dtype = self.options.dtype
+        dtype = self._options.dtype
         if dtype == "auto":
             dtype = next(name for name, kind in DTYPES.items() if kind == own)
         with ordinary_modes(device):
             checkpoint = read_checkpoint(network_of(self), self.scheduler)
-            self._sampler = Sampler(checkpoint, device=device, dtype=dtype, compile=self.options.compile)
+            self._sampler = Sampler(checkpoint, device=device, dtype=dtype, compile=self._options.compile)
         self._seen = seen
 
     def _rounding(self) -> str:
         """The step's, as `Run` has it."""
-        if self.options.rounding == "float32":
+        if self._options.rounding == "float32":
             return "float32"
         dtype = self.unet.dtype
         if dtype not in (torch.float16, torch.bfloat16):
@@ -180,7 +196,8 @@ class Accelerated:
                 f"output_type={output_type!r} needs NumPy, which has no bfloat16; take output_type='pt', or convert "
                 "the pipeline with pipe.to(torch.float32)"
             )
-        images: Any = self._images(self._run(arguments))
+        with self._lock:
+            images: Any = self._images(self._run(arguments))
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
@@ -190,8 +207,7 @@ class Accelerated:
 
     def _images(self, run: Run) -> Tensor:
         """[n, C, H, W] in [0, 1], in the pipeline's dtype, where it runs."""
-        for buffers in run.states():
-            x = buffers.x
+        x = run.final()
         with torch.no_grad():
             return (x.to(self.unet.dtype) / 2 + 0.5).clamp(0, 1)
 
@@ -203,11 +219,11 @@ class Accelerated:
         if clipped is not None:
             boolean("use_clipped_model_output", clipped)
         of_ddim = "eta" in arguments  # the call is DDIMPipeline's
-        sampler, scheduler = self.sampler, self.scheduler
+        sampler, scheduler = self._current(), self.scheduler
         if of_ddim and sampler.checkpoint.rules.sampler != "ddim":
             raise ValueError(
                 f"{PIPELINE}'s scheduler is a {type(scheduler).__name__}, which takes no eta, but "
-                f"{self.plain.__name__} passes one; use a DDIMScheduler, or a DDPMPipeline"
+                f"{self._plain.__name__} passes one; use a DDIMScheduler, or a DDPMPipeline"
             )
         generator = _generator(arguments["generator"], n, sampler.device, any_length=not of_ddim)
         scheduler.set_timesteps(steps)
@@ -293,12 +309,13 @@ def _accelerated_class(plain: type, options: Options) -> type:
         "__doc__": plain.__doc__,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
-        "plain": plain,
-        "options": options,
+        "_plain": plain,
+        "_options": options,
     }
     return type(plain.__name__, (Accelerated, plain), namespace)
 
 
 def _blank(plain: type, options: Options) -> Any:
     """An accelerated pipeline without modules, which whoever calls this gives it."""
-    return object.__new__(_accelerated_class(plain, options))
+    kind: Any = _accelerated_class(plain, options)
+    return kind.__new__(kind)

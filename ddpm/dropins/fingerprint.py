@@ -34,7 +34,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint:
         if tensor.device not in factors:
             factors[tensor.device] = _odd_factors(largest, tensor.device)
         bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])
-        sums.append((bits * factors[tensor.device][: len(bits)]).sum())  # int64; products wrap around
+        # Products wrap around: by an odd factor that is one to one.
+        sums.append((bits * factors[tensor.device][: len(bits)]).sum())
     values = torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else []
     pairs = zip(tensors.items(), values, strict=True)
     return {name: (tensor.shape, tensor.dtype, value) for (name, tensor), value in pairs}

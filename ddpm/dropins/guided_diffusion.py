@@ -126,7 +126,7 @@ class GaussianDiffusion:
             NonFiniteError: the network's output was NaN or infinite.
         """
         call = Call(model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress)
-        return _last(self._walk(call, "ddpm", None, preview=False))
+        return self._last(self._walk(call, "ddpm", None, preview=False))
 
     def p_sample_loop_progressive(
         self,
@@ -140,10 +140,11 @@ class GaussianDiffusion:
         device: str | torch.device | None = None,
         progress: bool = False,
     ) -> Iterator[dict[str, Tensor]]:
-        """`p_sample_loop` step by step: yields {"sample": x_{t-1}, "pred_xstart": x_0}, copies, after each.
+        """`p_sample_loop` step by step: yields {"sample": x_{t-1}, "pred_xstart": x_0} after each.
 
-        Arguments are checked at once, and nothing is drawn before the first step is asked for. The generator may be
-        left early; of two that are walked at once the first one raises RuntimeError.
+        The next step starts from what then stands under "sample": it may be changed, or replaced. Arguments are checked
+        at once, and nothing is drawn before the first step is asked for. The generator may be left early; where two are
+        walked at once on the same buffers, the first one raises RuntimeError.
         """
         call = Call(model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress)
         return _copies(self._walk(call, "ddpm", None, preview=True))
@@ -163,7 +164,7 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Draw images by DDIM: as `p_sample_loop`, with eta from 0 (deterministic) to 1."""
         call = Call(model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress)
-        return _last(self._walk(call, "ddim", eta, preview=False))
+        return self._last(self._walk(call, "ddim", eta, preview=False))
 
     def ddim_sample_loop_progressive(
         self,
@@ -187,6 +188,10 @@ class GaussianDiffusion:
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Check the call and make its chain: (x_{t-1}, x_0 where it is wanted) after each step, not to be kept."""
         call.check(self._sampler)
+        # what is wrapped around our own model adds nothing that a captured loop lacks
+        inner = getattr(call.model, "module", getattr(call.model, "_orig_mod", call.model))
+        if inner is self.model:
+            call.model = inner
         own = call.model is None or call.model is self.model
         if own:
             self.model.check(call.shape[0], **call.kwargs)
@@ -200,6 +205,13 @@ class GaussianDiffusion:
             )
             return self._eager(call, sampler, eta)
         return self._captured(call, sampler, eta, preview)
+
+    def _last(self, steps: Iterator[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """The last state of a chain, a copy. Other threads wait."""
+        with self._sampler.lock:
+            for x, _ in steps:  # noqa: B007
+                pass
+            return x.clone()
 
     def _captured(
         self, call: Call, sampler: str, eta: float | None, preview: bool
@@ -263,9 +275,11 @@ class Call:
             ValueError: one that this sampler cannot take.
         """
         self.shape = check_shape(self.shape, sampler)
-        if self.noise is not None and (not isinstance(self.noise, Tensor) or tuple(self.noise.shape) != self.shape):
-            found = list(self.noise.shape) if isinstance(self.noise, Tensor) else type(self.noise).__name__
-            raise ValueError(f"noise is {found}; expected x_T, a tensor of shape {list(self.shape)}")
+        noise = self.noise
+        if noise is not None:
+            found = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
+            if not isinstance(noise, Tensor) or not noise.is_floating_point() or tuple(noise.shape) != self.shape:
+                raise ValueError(f"noise is {found}; expected x_T, a floating-point tensor {list(self.shape)}")
         if self.device is not None and resolve_device(self.device) != sampler.device:
             raise ValueError(
                 f"device is {self.device}, but the network is on {sampler.device}; pass device= to ddpm.load instead"
@@ -275,17 +289,17 @@ class Call:
         for name in ("model", "denoised_fn", "cond_fn"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be callable; got {type(getattr(self, name)).__name__}")
-        boolean("clip_denoised", self.clip_denoised)
-
-
-def _last(steps: Iterator[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """The last state of a chain, a copy."""
-    for x, _ in steps:  # noqa: B007
-        pass
-    return x.clone()
+        for name in ("clip_denoised", "progress"):
+            boolean(name, getattr(self, name))
 
 
 def _copies(steps: Iterator[tuple[Tensor, Tensor | None]]) -> Iterator[dict[str, Tensor]]:
+    """After each step copies of x_{t-1} and x_0; what then stands under "sample" is what the next step starts from."""
     for x, x_0 in steps:
         assert x_0 is not None  # a walk with previews
-        yield {"sample": x.clone(), "pred_xstart": x_0.clone()}
+        step = {"sample": x.clone(), "pred_xstart": x_0.clone()}
+        yield step
+        if step["sample"].shape != x.shape:
+            raise ValueError(f"sample was replaced by {list(step['sample'].shape)}; expected {list(x.shape)}")
+        with torch.no_grad():
+            x.copy_(step["sample"])

@@ -28,7 +28,9 @@ class GuidedNetwork(nn.Module):
         self.network = sampler.network
         self.eval()
 
-    def check(self, n: int, y: Any = None, low_res: Any = None, **others: Any) -> tuple[Tensor | None, Tensor | None]:
+    def check(
+        self, n: int, /, y: Any = None, low_res: Any = None, **others: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
         """What n images are made from.
 
         Args:
@@ -63,6 +65,9 @@ class GuidedNetwork(nn.Module):
             ValueError: an argument of another shape, or an x that wants a gradient: there is no backward pass.
         """
         wanted = self.sampler.image_shape
+        for name, value in (("x", x), ("timesteps", timesteps)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor; got {type(value).__name__}")
         if x.ndim != 4 or tuple(x.shape[1:]) != wanted:
             raise ValueError(f"x has shape {list(x.shape)}; expected [N, {', '.join(map(str, wanted))}]")
         n, device = len(x), self.sampler.device

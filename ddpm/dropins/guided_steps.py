@@ -46,10 +46,10 @@ def guided_steps(
         device: where the state is, and whose global generator is drawn from.
 
     Yields:
-        (x_{t-1}, x_0), float32 [N, C, H, W], after each step.
+        (x_{t-1}, x_0), float32 [N, C, H, W], after each step; the next one starts from x_{t-1} as it then is.
 
     Raises:
-        ValueError: model's output has another shape.
+        ValueError: the output of model, denoised_fn or cond_fn has another shape.
         NonFiniteError: it is NaN or infinite.
     """
     x = torch.randn(shape, device=device) if noise is None else noise.to(device, torch.float32)
@@ -64,16 +64,17 @@ def guided_steps(
                 out, v = out.float().tensor_split([shape[1]], dim=1)
                 x_0 = (row["kx"] * x + row["ke"] * out) / row["kd"]
                 if denoised_fn is not None:
-                    x_0 = denoised_fn(x_0)
+                    x_0 = _like(denoised_fn(x_0), shape, "denoised_fn")
                 if clip_denoised:
                     x_0 = x_0.clamp(-row["clip"], row["clip"])
                 if ddim and cond_fn is not None:
                     a = float(schedule.alphas_cumprod[timestep])
-                    x_0 = x_0 + (1 - a) / a**0.5 * cond_fn(x, t, **model_kwargs).float()
+                    x_0 = x_0 + (1 - a) / a**0.5 * _like(cond_fn(x, t, **model_kwargs), shape, "cond_fn")
                 z = torch.randn(shape, device=device)  # NCHW, whatever the layout of x
                 mean = row["c0"] * x_0 + row["cx"] * x
                 if not ddim and cond_fn is not None:
-                    mean = mean + _variance(row, v, table.variance) * cond_fn(x, t, **model_kwargs).float()
+                    gradient = _like(cond_fn(x, t, **model_kwargs), shape, "cond_fn")
+                    mean = mean + _variance(row, v, table.variance) * gradient
                 x = mean
                 if row["s"]:
                     std = row["s"] if table.variance == "fixed" else _variance(row, v, table.variance).sqrt()
@@ -94,6 +95,14 @@ def _variance(row: dict[str, float], v: Tensor, kind: str) -> Tensor:
         return v
     f = (v + 1) / 2 if kind == "learned_range" else torch.zeros(())  # log_min is log_max where it is fixed
     return torch.exp(f * row["log_max"] + (1 - f) * row["log_min"])
+
+
+def _like(value: Any, shape: tuple[int, ...], name: str) -> Tensor:
+    """What a function of the caller's returned, in float32; it has the state's shape."""
+    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if found != list(shape):
+        raise ValueError(f"{name} returned {found}; expected {list(shape)}, as it was given")
+    return value.float()
 
 
 def _check(out: Any, shape: tuple[int, ...], step: int, timestep: int, *, learned: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
 
 PIPELINE = "the pipeline"  # what messages call it
+# Attributes of modules that change nothing of what they compute: the resolution is read from the configuration.
+NO_SETTINGS = {"training", "gradient_checkpointing", "sample_size"}
 INSTEAD = "or call the pipeline as it was before ddpm.accelerate"
 
 
@@ -42,24 +45,36 @@ def network_of(pipe: Any) -> Any:
     return unet
 
 
-def structure(unet: nn.Module) -> dict[str, str]:
-    """Module name -> what computes there: its class, and what was changed about it afterwards."""
+def structure(unet: nn.Module) -> dict[str, list[str]]:
+    """Module name -> what computes there: its class and what was changed about it, then its settings."""
     return {name: _describe(module) for name, module in unet.named_modules()}
 
 
-def _describe(module: nn.Module) -> str:
+def _describe(module: nn.Module) -> list[str]:
     kind = type(module)
     parts = [kind.__name__ if kind.__module__.startswith(("diffusers.", "torch.nn.")) else f"another {kind.__name__}"]
     if module._forward_hooks or module._forward_pre_hooks:
         parts.append("with hooks")
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's hooks move weights, no more
-        parts.append("with a forward of its own")
+        parts.append("with a forward of its own (of Accelerate's mixed precision: unwrap_model removes it)")
     if isinstance(module, nn.Dropout) and module.training and module.p:
         parts.append("in training mode, which draws at random")
     processor = getattr(module, "processor", None)
     if processor is not None and not type(processor).__module__.startswith("diffusers."):
         parts.append(f"with the processor {type(processor).__name__}")
-    return " ".join(parts)
+    settings = [
+        f"{name}={value!r}"
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in NO_SETTINGS and _is_plain(value)
+    ]
+    return [" ".join(parts), *settings]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting is a number, a text, or some of them; nothing that lies elsewhere in memory in a twin."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def read_checkpoint(unet: Any, scheduler: Any) -> Checkpoint:
@@ -104,8 +119,9 @@ def _check_structure(unet: nn.Module, settings: dict[str, Any], where: str) -> N
         fresh: Any = UNet2DModel(**settings)
     described, found = structure(fresh.eval()), structure(unet)
     for name in described | found:
-        expected, there = (modules.get(name, "nothing") for modules in (described, found))
-        if expected != there:
+        for expected, there in zip_longest(described.get(name, []), found.get(name, []), fillvalue="nothing"):
+            if expected == there:
+                continue
             raise ValueError(
                 f"{where} has {there} at {name or 'its top'}, where its configuration describes {expected}; undo that "
                 f"change, {INSTEAD}"

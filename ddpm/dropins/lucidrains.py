@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ddpm.checkpoints.lucidrains import OBJECTIVES
-from ddpm.checks import boolean, positive_integer
+from ddpm.checks import boolean, is_number, positive_integer
+from ddpm.devices import resolve_device
 from ddpm.dropins.checks import absent, check_sampler, check_shape
 from ddpm.lucidrains import LucidrainsUNet
 from ddpm.noise import default_generator
@@ -59,6 +60,8 @@ class GaussianDiffusion:
         auto_normalize: bool = True,
     ):
         checkpoint = check_sampler(sampler, LucidrainsUNet, ORIGINAL)
+        if not is_number(ddim_sampling_eta) or not 0 <= ddim_sampling_eta <= 1:
+            raise ValueError(f"ddim_sampling_eta must be a number from 0 to 1; got {ddim_sampling_eta!r}")
         total = checkpoint.schedule.num_train_timesteps
         length = total if sampling_timesteps is None else positive_integer("sampling_timesteps", sampling_timesteps)
         if length > total:
@@ -76,6 +79,26 @@ class GaussianDiffusion:
 
     def __getattr__(self, name: str) -> Any:
         raise absent(self, name, ORIGINAL)
+
+    def eval(self) -> GaussianDiffusion:
+        """Nothing: there is no other mode than sampling."""
+        return self
+
+    def to(self, device: str | torch.device) -> GaussianDiffusion:
+        """Nothing, if it is the device where the sampler is.
+
+        Raises:
+            ValueError: another: the captured loops stay where they are.
+        """
+        if resolve_device(device) != self.device:
+            raise ValueError(
+                f"device is {device}, but the network is on {self.device}; pass device= to ddpm.load instead"
+            )
+        return self
+
+    def cuda(self, device: int | None = None) -> GaussianDiffusion:
+        """`to` a GPU."""
+        return self.to("cuda" if device is None else f"cuda:{device}")
 
     def sample(self, batch_size: int = 16, return_all_timesteps: bool = False) -> Tensor:
         """Draw images, by `ddim_sample` where sampling_timesteps is below T, else by `p_sample_loop`.
@@ -107,11 +130,11 @@ class GaussianDiffusion:
         boolean("return_all_timesteps", return_all_timesteps)
         shape = check_shape(shape, self._sampler)
         run = self._sampler.plan(shape[0], generator=default_generator(self.device), **chain)
-        x = torch.randn(shape, device=self.device)
-        states = [x]
-        for buffers in replace(run, noise=x).states():
-            x = buffers.x
-            if return_all_timesteps:
-                states.append(x.clone())
-        images = torch.stack(states, dim=1) if return_all_timesteps else x.clone()
+        x_T = torch.randn(shape, device=self.device)
+        run = replace(run, noise=x_T)
+        if return_all_timesteps:
+            with self._sampler.lock:
+                images = torch.stack([x_T, *(buffers.x.clone() for buffers in run.states())], dim=1)
+        else:
+            images = run.final()
         return (images + 1) * 0.5 if self._auto_normalize else images

@@ -91,7 +91,8 @@ class ModuleNetwork(nn.Module):
 
     def example(self, n: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Arguments of `forward`, all zero, for counting."""
-        return torch.zeros(n, self.config.in_channels, height, width), torch.zeros(1, 1)
+        x = torch.zeros(n, self.config.in_channels, height, width, dtype=torch.float32)
+        return x, torch.zeros(1, 1, dtype=torch.float32)
 
     def forward(self, x: Tensor, row: Tensor, classes: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """The network's output [N, out_channels, H, W] for x_t, float32 [N, C, H, W], and t, float32 [1, 1].

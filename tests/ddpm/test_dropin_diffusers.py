@@ -8,6 +8,7 @@ import inspect
 import logging
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -220,7 +221,7 @@ def test_changed_weights_are_noticed(change, caplog):
     before = stock_images(pipe, 2, generator(), num_inference_steps=STEPS)
     sampler = fast.sampler
     assert_same_images(pipe, fast)
-    assert fast.sampler is sampler
+    assert fast.sampler.network is sampler.network
     change(pipe)
     assert_same_images(pipe, fast)
     assert float((fast.sampler.loops[-1].buffers.x - before).abs().max()) > 100 * CHAIN
@@ -239,12 +240,54 @@ def test_a_sampler_is_a_snapshot():
     assert all(torch.equal(value, kept[name]) for name, value in sampler.checkpoint.network.state_dict().items())
 
 
+def test_a_sampler_that_was_handed_out_stays_as_it_is():
+    fast = ddpm.accelerate(tiny_pipeline())
+    sampler = fast.sampler
+    fast.scheduler = DDIMScheduler.from_config(fast.scheduler.config)
+    fast(num_inference_steps=2)
+    assert (sampler.checkpoint.rules.sampler, fast.sampler.checkpoint.rules.sampler) == ("ddpm", "ddim")
+
+
+def test_another_resolution_set_afterwards():
+    pipe = tiny_pipeline()
+    fast = ddpm.accelerate(pipe)
+    fast(num_inference_steps=2)
+    pipe.unet.register_to_config(sample_size=16)
+    assert_same_images(pipe, fast)
+
+
+def test_threads_take_turns():
+    """As the handlers of a web service do: every image is the one that the call draws alone."""
+    fast = ddpm.accelerate(tiny_pipeline())
+    fast.set_progress_bar_config(disable=True)
+
+    def draw(seed: int) -> torch.Tensor:
+        return fast(generator=generator(seed), num_inference_steps=20, output_type="pt").images
+
+    expected = [draw(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for images, alone in zip(pool.map(draw, range(8)), expected, strict=True):
+            assert torch.equal(images, alone)
+
+
+def test_torchs_default_dtype_does_not_matter():
+    pipe = tiny_pipeline()
+    fast = ddpm.accelerate(pipe)
+    expected = fast(generator=generator(), num_inference_steps=2, output_type="pt").images
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(fast(generator=generator(), num_inference_steps=2, output_type="pt").images, expected)
+        assert fast.sampler.gflop_per_image() > 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_refresh_and_a_change_of_dtype():
     pipe = tiny_pipeline()
     fast = ddpm.accelerate(pipe)
     sampler = fast.sampler
     fast.refresh()
-    assert fast.sampler is not sampler
+    assert fast.sampler.network is not sampler.network
     assert fast.to(torch.float16) is fast
     assert fast(num_inference_steps=2, output_type="pt").images.dtype == torch.float16
     assert fast.sampler.dtype == "fp16"
@@ -273,7 +316,7 @@ def test_the_scheduler_is_read_at_every_call(change):
     change(fast)
     assert_same_images(pipe, fast)
     assert float((fast.sampler.loops[-1].buffers.x - before).abs().max()) > 100 * CHAIN
-    assert fast.sampler is sampler
+    assert fast.sampler.network is sampler.network
     assert fast.sampler.checkpoint.schedule.num_train_timesteps == fast.scheduler.config.num_train_timesteps
     assert len(fast.scheduler.timesteps) == STEPS
 

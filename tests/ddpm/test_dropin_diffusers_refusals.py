@@ -98,7 +98,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], str]] = {
     "hook": (lambda: hooked(tiny_pipeline()), "UNetMidBlock2D with hooks at mid_block"),
     "forward": (
         lambda: patched(tiny_pipeline(), "unet.forward", print),
-        "unet has UNet2DModel with a forward of its own at its top",
+        r"unet has UNet2DModel with a forward of its own .*unwrap_model.* at its top",
     ),
     "processor": (
         lambda: patched(tiny_pipeline(), "unet.mid_block.attentions.0.processor", OwnProcessor()),
@@ -122,6 +122,45 @@ PIPELINES: dict[str, tuple[Callable[[], Any], str]] = {
 def test_pipelines(make, message):
     with pytest.raises(ValueError, match=message):
         ddpm.accelerate(make())
+
+
+# Module of the network, an attribute of it, another value, and how a message names what is found.
+SETTINGS = [
+    ("conv_in", "padding_mode", "circular", "padding_mode='circular' at conv_in"),
+    ("conv_in", "dilation", (2, 2), r"dilation=\(2, 2\) at conv_in"),
+    ("conv_norm_out", "eps", 0.1, "eps=0.1 at conv_norm_out"),
+    ("conv_norm_out", "num_groups", 2, "num_groups=2 at conv_norm_out"),
+    ("mid_block.resnets.0", "output_scale_factor", 2.0, "output_scale_factor=2.0 at mid_block.resnets.0"),
+    ("mid_block.attentions.0", "heads", 1, "heads=1 at mid_block.attentions.0"),
+    ("time_proj", "flip_sin_to_cos", False, "flip_sin_to_cos=False at time_proj"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "value", "message"), SETTINGS, ids=[f"{m}.{n}" for m, n, *_ in SETTINGS])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_setting_changed_inside_a_module(module, name, value, message, first):
+    """Seamless tiles are made so (padding_mode): the network computes something else than its configuration says."""
+    pipe = tiny_pipeline()
+    fast = None if first else ddpm.accelerate(pipe)
+    assert getattr(pipe.unet.get_submodule(module), name) != value
+    setattr(pipe.unet.get_submodule(module), name, value)
+    with pytest.raises(ValueError, match=message):
+        (fast or ddpm.accelerate(pipe))(num_inference_steps=2)
+
+
+def test_names_of_the_pipelines_own(tmp_path):
+    class OwnNames(DDPMPipeline):
+        options, plain = {"a": 1}, "plain"
+
+    class OwnSampler(DDPMPipeline):
+        sampler = "mine"
+
+    pipe = tiny_pipeline()
+    fast = ddpm.accelerate(OwnNames(pipe.unet, pipe.scheduler))
+    assert (fast.options, fast.plain) == ({"a": 1}, "plain")
+    assert fast(num_inference_steps=2, output_type="pt").images.shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="pipe has an attribute sampler of its own"):
+        ddpm.accelerate(OwnSampler(pipe.unet, pipe.scheduler))
 
 
 def test_a_pipeline_is_checked_again_when_it_has_changed():

@@ -274,6 +274,67 @@ def test_progressive(tmp_path, arguments, hooked):
     assert torch.equal(images, found[-1]["sample"])
 
 
+def paint(step: dict[str, Tensor]) -> None:
+    step["sample"][:, :, :4] = 0.5
+
+
+def exchange(step: dict[str, Tensor]) -> None:
+    step["sample"] = step["sample"] * 0.9
+
+
+@pytest.mark.filterwarnings("ignore:sampling step by step")
+@pytest.mark.parametrize("edit", [paint, exchange])
+@pytest.mark.parametrize("hooks", [{}, {"denoised_fn": torch.tanh}], ids=["captured", "by hand"])
+def test_what_stands_under_sample_is_what_the_next_step_starts_from(tmp_path, edit, hooks):
+    """Inpainting by hand: the original's loop goes on with out["sample"]."""
+    network, chain, ours = pair(tmp_path)
+
+    def edited() -> Tensor:
+        for step in ours.p_sample_loop_progressive(ours.model, SHAPE, **hooks):
+            edit(step)
+        return step["sample"]
+
+    def original_loop() -> Tensor:
+        x = torch.randn(SHAPE)
+        for i in reversed(range(len(chain.timesteps))):
+            x_0, log_variance, _ = chain._network(network, x, i, {}, True, hooks.get("denoised_fn"))
+            z = torch.randn(SHAPE)
+            mean = chain._at(chain.mean_of_x0, i) * x_0 + chain._at(chain.mean_of_x, i) * x
+            out = {"sample": mean + torch.exp(0.5 * log_variance) * z if i > 0 else mean}
+            edit(out)
+            x = out["sample"]
+        return x
+
+    with torch.no_grad():
+        assert_same(edited, original_loop)
+
+
+def test_a_sample_of_another_shape_is_refused(tmp_path):
+    _, _, ours = pair(tmp_path)
+    steps = ours.p_sample_loop_progressive(ours.model, SHAPE)
+    next(steps)["sample"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"sample was replaced by \[1\]; expected \[2, 3, 8, 8\]"):
+        next(steps)
+
+
+@pytest.mark.filterwarnings("ignore:sampling step by step")
+@pytest.mark.parametrize("name", ["denoised_fn", "cond_fn"])
+@pytest.mark.parametrize(("returned", "found"), [(lambda x: x[:, :1], r"\[2, 1, 8, 8\]"), (lambda x: None, "NoneType")])
+def test_what_a_hook_returns(tmp_path, name, returned, found):
+    _, _, ours = pair(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name} returned {found}; expected \[2, 3, 8, 8\]"):
+        ours.p_sample_loop(ours.model, SHAPE, **{name: lambda x, *_: returned(x)})
+
+
+def test_our_model_in_a_wrapper_is_our_model(tmp_path):
+    """DataParallel's attribute: no warning, which the captured loop would not give either."""
+    _, _, ours = pair(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images, _ = seeded(lambda: ours.p_sample_loop(torch.nn.DataParallel(ours.model), SHAPE))
+    assert torch.equal(images, seeded(lambda: ours.p_sample_loop(ours.model, SHAPE))[0])
+
+
 @pytest.mark.filterwarnings("ignore:sampling step by step")
 @pytest.mark.parametrize("hooks", [{}, {"denoised_fn": torch.tanh}], ids=["captured", "by hand"])
 def test_a_generator_that_is_left_early(tmp_path, hooks):
@@ -407,8 +468,12 @@ def test_the_model_stays_where_and_as_it_is(tmp_path):
         ({"shape": (3, 8, 8)}, r"shape is \(3, 8, 8\); expected"),
         ({"shape": 4}, "shape is 4; expected"),
         ({"shape": (0, 3, 8, 8)}, "the batch size must be a positive integer; got 0"),
-        ({"noise": torch.zeros(1, 3, 8, 8)}, r"noise is \[1, 3, 8, 8\]; expected x_T, a tensor of shape"),
+        ({"noise": torch.zeros(1, 3, 8, 8)}, r"noise is torch.float32 \[1, 3, 8, 8\]; expected x_T"),
         ({"noise": 3}, "noise is int; expected x_T"),
+        ({"noise": torch.zeros(2, 3, 8, 8, dtype=torch.complex64)}, r"noise is torch.complex64 \[2, 3, 8, 8\]"),
+        ({"progress": "no"}, "progress must be True or False"),
+        ({"model_kwargs": {"n": 1}}, "'n' was given; leave it out"),
+        ({"model_kwargs": {"self": 1}}, "'self' was given; leave it out"),
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"device": "nowhere"}, "device 'nowhere' is not one of"),
         ({"model_kwargs": [1]}, "model_kwargs must be a dict; got list"),

@@ -164,7 +164,21 @@ def test_refusals(sampler, tmp_path):
 def test_what_there_is_not_says_what_there_is(sampler, name):
     with pytest.raises(
         AttributeError,
-        match=f"{name} is not part of this drop-in, which has channels, ddim_sample, .*, self_condition"
+        match=f"{name} is not part of this drop-in, which has channels, cuda, ddim_sample, .*, to"
         "; for it use denoising-diffusion-pytorch itself",
     ):
         getattr(GaussianDiffusion(sampler), name)
+
+
+def test_it_is_moved_and_set_as_a_module_is(sampler):
+    """What usually stands between the constructor and `sample`."""
+    diffusion = GaussianDiffusion(sampler, sampling_timesteps=3)
+    assert diffusion.eval().to("cpu") is diffusion
+    with pytest.raises(ValueError, match=r"cuda|no GPU"):
+        diffusion.cuda(99)
+
+
+@pytest.mark.parametrize("eta", [7, "x", -0.1, True])
+def test_eta_is_checked_at_once(sampler, eta):
+    with pytest.raises(ValueError, match="ddim_sampling_eta must be a number from 0 to 1"):
+        GaussianDiffusion(sampler, ddim_sampling_eta=eta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -117,6 +118,22 @@ def test_two_streams_of_one_sampler_do_not_disturb_each_other(sampler):
     pairs = list(zip(*streams, strict=True))
     assert torch.equal(torch.cat([a.images for a, _ in pairs]), first)
     assert torch.equal(torch.cat([b.images for _, b in pairs]), second)
+
+
+def test_threads_take_turns(sampler):
+    expected = [sample(sampler, 2, seeds=[s, s + 1], steps=20) for s in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        drawn = list(pool.map(lambda s: sample(sampler, 2, seeds=[s, s + 1], steps=20), range(6)))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+
+
+def test_a_chain_within_a_chain_is_refused(sampler):
+    def callback(step, timestep, preview):
+        sample(sampler, 1, seeds=[9], callback=lambda *_: None)
+
+    with pytest.raises(RuntimeError, match="another chain was begun on this sampler"):
+        sample(sampler, 1, seeds=[0], callback=callback)
+    assert torch.equal(sample(sampler, 1, seeds=[0]), sample(sampler, 1, seeds=[0]))
 
 
 def test_a_stream_gives_batches_with_their_seeds(sampler):
