@@ -411,7 +411,7 @@ def describe(sampler: Sampler) -> str:
         (
             "",
             f"DDIM: eta {rules.eta:g}, {rules.ddim_epsilon} epsilon, clip: {_ddim_clip(rules, clip)}, "
-            f"spacing {rules.ddim_spacing or rules.timestep_spacing}{_ddim_steps(rules)}",
+            f"spacing {rules.spacing_of('ddim')}{_ddim_steps(rules)}",
         ),
         ("runs on", f"{sampler.device}, {sampler.dtype}"),
     ]
@@ -431,7 +431,7 @@ def _offset(rules: SamplingRules) -> str:
 
 
 def _ddim_clip(rules: SamplingRules, clip: str) -> str:
-    return "none" if rules.ddim_clip == "none" else clip
+    return clip if rules.clip_of("ddim") == rules.clip else rules.clip_of("ddim")
 
 
 def _ddim_steps(rules: SamplingRules) -> str:

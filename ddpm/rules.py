@@ -98,6 +98,14 @@ class SamplingRules:
         if not is_number(self.eta) or not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be a number from 0 (deterministic) to 1 (as noisy as DDPM); got {self.eta!r}")
 
+    def clip_of(self, sampler: str) -> str:
+        """f of that sampler's step."""
+        return (self.ddim_clip if sampler == "ddim" else None) or self.clip
+
+    def spacing_of(self, sampler: str) -> str:
+        """Timestep spacing of that sampler's chain."""
+        return (self.ddim_spacing if sampler == "ddim" else None) or self.timestep_spacing
+
     @property
     def learned_variance(self) -> bool:
         """Whether the network's output holds a second half of channels, the variance."""

@@ -195,8 +195,7 @@ def _chain(
         return _Chain(schedule, rules, chain[::-1], None)
     default = rules.ddim_steps if sampler == "ddim" and rules.ddim_steps else total
     count = min(default, total) if length is None else length
-    own = rules.ddim_spacing if sampler == "ddim" else None
-    spacing = spacing or own or rules.timestep_spacing
+    spacing = spacing or rules.spacing_of(sampler)
     chain = spaced_timesteps(total, count, spacing, rules.steps_offset)
     lags = sampler == "ddim" and rules.convention == "diffusers" and spacing in DIFFUSERS_SPACINGS
     return _Chain(schedule, rules, chain[::-1], total // count if lags else None)
@@ -233,7 +232,7 @@ def _of_this_chain(rules: SamplingRules, sampler: str, eta: float | None, ddim_e
     return replace(
         rules,
         sampler=sampler,
-        clip=rules.ddim_clip or rules.clip,
+        clip=rules.clip_of(sampler),
         eta=rules.eta if eta is None else eta,
         ddim_epsilon=ddim_epsilon or rules.ddim_epsilon,
     )

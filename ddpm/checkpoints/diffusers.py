@@ -120,7 +120,7 @@ def load_diffusers(
         report.given.append(f"variant = {variant}")
     unet_directory = directory if weights else _unet_directory(directory, ema, report)
     path = unet_directory / "config.json"
-    config = _unet_config(_settings(path, UNET_DEFAULTS, report, "unet"), path, report)
+    config = unet_config(_settings(path, UNET_DEFAULTS, report, "unet"), path, report)
     network = empty_network(UNet, config, f"{path} describes no network")
     if weights and "-of-" not in weights.name:  # one shard stands for all of them
         report.found.append(f"weights: {weights}")
@@ -138,37 +138,41 @@ def load_diffusers(
 
 
 def diffusers_checkpoint(
-    source: str,
-    unet: Mapping[str, Any],
-    state: dict[str, Tensor],
-    scheduler_class: str,
-    scheduler: Mapping[str, Any],
+    source: str, unet: Mapping[str, Any], state: dict[str, Tensor], schedule: NoiseSchedule, rules: SamplingRules
 ) -> Checkpoint:
     """A checkpoint of what is in memory.
 
     Args:
-        source: what messages call it, such as "the pipeline"; its parts are "the pipeline's unet" and "... scheduler".
-        unet, scheduler: their configurations; what one leaves out has diffusers' default.
+        source: what messages call it, such as "the pipeline"; a part of it is "the pipeline's unet".
+        unet: its configuration; what it leaves out has diffusers' default.
         state: the network's weights, in any dtype. The checkpoint's network shares those that are float32.
-        scheduler_class: a key of SCHEDULERS.
+        schedule, rules: of its scheduler.
 
     Raises:
         ValueError: as `load_diffusers`.
     """
     report, where = Report(), f"{source}'s unet"
-    config = _unet_config(_with_defaults(unet, UNET_DEFAULTS, report, "unet", where), where, report)
+    config = unet_config(_with_defaults(unet, UNET_DEFAULTS, report, "unet", where), where, report)
     network = empty_network(UNet, config, f"{where} describes no network")
     load_weights(network, state, where, "its configuration describes another network")
-    schedule, rules = scheduler_settings(source, scheduler_class, scheduler)
     return Checkpoint(
         "diffusers", source, network, schedule, rules, _sample_size(config, rules, where), "half_to_even", report
     )
 
 
-def scheduler_settings(
+def configured_scheduler(
     source: str, scheduler_class: str, scheduler: Mapping[str, Any]
 ) -> tuple[NoiseSchedule, SamplingRules]:
-    """Schedule and rules of a scheduler in memory; arguments as in `diffusers_checkpoint`."""
+    """Schedule and rules that the configuration of a scheduler describes.
+
+    Args:
+        source: what messages call the pipeline.
+        scheduler_class: a key of SCHEDULERS.
+        scheduler: its configuration; what it leaves out has diffusers' default.
+
+    Raises:
+        ValueError: as `load_diffusers`.
+    """
     where = f"{source}'s scheduler"
     settings = _with_defaults(scheduler, SCHEDULER_DEFAULTS, Report(), "scheduler", where)
     return _schedule(settings, where), _rules(settings, where, SCHEDULERS[scheduler_class])
@@ -245,7 +249,17 @@ def _with_defaults(
     return result
 
 
-def _unet_config(s: dict[str, Any], path: Path | str, report: Report) -> UNetConfig:
+def unet_config(s: dict[str, Any], path: Path | str, report: Report) -> UNetConfig:
+    """The network that a complete configuration describes.
+
+    Args:
+        s: every setting of UNET_DEFAULTS.
+        path: what messages call it.
+        report: of what had to be inferred.
+
+    Raises:
+        ValueError: it is not supported, or no network.
+    """
     down = [_block_type(name, "Down", s["downsample_type"], path) for name in s["down_block_types"]]
     up = [_block_type(name, "Up", s["upsample_type"], path) for name in s["up_block_types"]]
     if s["mid_block_type"] not in (None, "UNetMidBlock2D"):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddpm.checkpoints.checkpoint import Checkpoint, Report
-from ddpm.checkpoints.diffusers import BLOCKS, DDIM_STEPS, SCHEDULER_DEFAULTS, UNET_DEFAULTS, WEIGHTS, _unet_config
+from ddpm.checkpoints.diffusers import BLOCKS, DDIM_STEPS, SCHEDULER_DEFAULTS, UNET_DEFAULTS, WEIGHTS, unet_config
 from ddpm.schedule import BETA_SCHEDULES, beta_schedule
 from ddpm.unet import UNet, UNetConfig
 
@@ -99,7 +99,7 @@ def _unet_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         "add_attention": c.mid_attention,
         "class_embed_type": None if c.class_embedding == "table" else c.class_embedding,
     }
-    read = vars(_unet_config(settings, checkpoint.source, Report()))
+    read = vars(unet_config(settings, checkpoint.source, Report()))
     said = {name: settings[name] for name in ("attention_head_dim", "time_embedding_dim")}
     wanted = vars(replace(c, sample_size=(height, width), attention_heads=None, time_sinusoid_dim=None, **said))
     if changed := [f"{name}={value}" for name, value in wanted.items() if read[name] != value]:
@@ -141,8 +141,7 @@ def _scheduler_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     if ddim and rules.learned_variance:
         found = f"predicts its variance ({rules.variance_type}) and is read as DDIM, which diffusers does not join"
         raise ValueError(f"{checkpoint.source} {found}; pass scheduler_class='DDPMScheduler'")
-    clip = (rules.ddim_clip if ddim else None) or rules.clip
-    spacing = (rules.ddim_spacing if ddim else None) or rules.timestep_spacing
+    clip, spacing = rules.clip_of(rules.sampler), rules.spacing_of(rules.sampler)
     names = DDIM_BETA_SCHEDULES if ddim else BETA_SCHEDULES
     # What diffusers made is said so that it makes it again, to the bit.
     tolerance = 0.0 if rules.convention == "diffusers" else ROUNDING
@@ -199,7 +198,7 @@ def _notes(checkpoint: Checkpoint, pipeline: str, scheduler: dict[str, Any]) -> 
         notes.append("DDIMPipeline does not take it: DDIMScheduler knows no learned variance")
     elif rules.ddim_epsilon == "rederived":
         notes.append(f"DDIM as {whose} does it needs use_clipped_model_output=True in the call of DDIMPipeline")
-    if rules.ddim_clip not in (None, rules.clip):
+    if rules.clip_of("ddim") != rules.clip:
         notes.append(f"x_0 is clipped as in {whose}'s {rules.sampler.upper()}; its other sampler clips otherwise")
     if checkpoint.uint8_rounding != "half_to_even":
         notes.append(f"bytes differ by up to 1: {whose} does not round to the nearest")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ddpm.checkpoints import Checkpoint
 from ddpm.checks import positive_integer
+from ddpm.devices import resolve_device
 from ddpm.lucidrains import LucidrainsUNet
 from ddpm.sampler import Sampler
 from ddpm.unet import UNet
@@ -46,6 +47,14 @@ def check_shape(shape: Any, sampler: Sampler) -> tuple[int, int, int, int]:
             f"shape is {shape!r}; expected (N, {channels}, {height}, {width}), N of the checkpoint's images"
         )
     return positive_integer("the batch size", shape[0]), channels, height, width
+
+
+def check_device(device: Any, sampler: Sampler) -> None:
+    """Raise ValueError where the device is not the sampler's: networks and captured loops stay where they are."""
+    if resolve_device(device) != sampler.device:
+        raise ValueError(
+            f"device is {device}, but the network is on {sampler.device}; pass device= to ddpm.load instead"
+        )
 
 
 def absent(drop_in: object, name: str, original: str) -> AttributeError:

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from ddpm.checkpoints.guided_diffusion import CONVENTION
 from ddpm.checks import boolean
-from ddpm.devices import resolve_device
-from ddpm.dropins.checks import absent, check_sampler, check_shape
+from ddpm.dropins.checks import absent, check_device, check_sampler, check_shape
 from ddpm.dropins.guided_network import GuidedNetwork
 from ddpm.dropins.guided_steps import guided_steps
 from ddpm.noise import default_generator
@@ -280,10 +279,8 @@ class Call:
             found = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
             if not isinstance(noise, Tensor) or not noise.is_floating_point() or tuple(noise.shape) != self.shape:
                 raise ValueError(f"noise is {found}; expected x_T, a floating-point tensor {list(self.shape)}")
-        if self.device is not None and resolve_device(self.device) != sampler.device:
-            raise ValueError(
-                f"device is {self.device}, but the network is on {sampler.device}; pass device= to ddpm.load instead"
-            )
+        if self.device is not None:
+            check_device(self.device, sampler)
         if self.model_kwargs is not None and not isinstance(self.model_kwargs, dict):
             raise ValueError(f"model_kwargs must be a dict; got {type(self.model_kwargs).__name__}")
         for name in ("model", "denoised_fn", "cond_fn"):

@@ -7,7 +7,6 @@ a pipeline may be ignored in silence.
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -19,8 +18,8 @@ from ddpm.checkpoints.diffusers import (
     SCHEDULER_DEFAULTS,
     SCHEDULERS,
     UNET_DEFAULTS,
+    configured_scheduler,
     diffusers_checkpoint,
-    scheduler_settings,
 )
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
@@ -95,20 +94,14 @@ def read_checkpoint(unet: Any, scheduler: Any) -> Checkpoint:
                 f"{where}: {name} {kind}; expected plain tensors in memory; undo sequential offload or quantization, "
                 f"{INSTEAD}"
             )
-    schedule, rules = read_scheduler(scheduler)
-    checkpoint = diffusers_checkpoint(
-        PIPELINE,
-        settings,
-        {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in state.items()},
-        type(scheduler).__name__,
-        _scheduler_settings(scheduler),
-    )
+    copies = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in state.items()}
+    checkpoint = diffusers_checkpoint(PIPELINE, settings, copies, *read_scheduler(scheduler))
     if checkpoint.network.conditional:
         raise ValueError(
             f"{where} is class-conditional, and the pipelines of diffusers pass it no labels; save it and use "
             "ddpm.load(directory).sample(labels=...)"
         )
-    return replace(checkpoint, schedule=schedule, rules=rules)
+    return checkpoint
 
 
 def _check_structure(unet: nn.Module, settings: dict[str, Any], where: str) -> None:
@@ -147,8 +140,10 @@ def read_scheduler(scheduler: Any) -> tuple[NoiseSchedule, SamplingRules]:
         )
     if replaced := [name for name in vars(scheduler) if callable(getattr(kind, name, None))]:
         raise ValueError(f"{where} has a {replaced[0]} of its own, which would not be called; delete it, {INSTEAD}")
-    settings = _scheduler_settings(scheduler)
-    _, rules = scheduler_settings(PIPELINE, kind.__name__, settings)
+    settings = _settings(scheduler, SCHEDULER_DEFAULTS, where)
+    if SCHEDULERS[kind.__name__] == "ddim":
+        settings.pop("variance_type", None)  # left there by the scheduler from which it was made; it is not read
+    _, rules = configured_scheduler(PIPELINE, kind.__name__, settings)
     alphas_cumprod = scheduler.alphas_cumprod.detach().cpu().clone()
     if len(alphas_cumprod) != settings["num_train_timesteps"]:
         raise ValueError(
@@ -166,13 +161,6 @@ def read_scheduler(scheduler: Any) -> tuple[NoiseSchedule, SamplingRules]:
                 "alphas_cumprod say; make a new scheduler instead of changing this one"
             )
     return NoiseSchedule(scheduler.betas.detach().cpu().clone(), alphas_cumprod), rules
-
-
-def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
-    settings = _settings(scheduler, SCHEDULER_DEFAULTS, f"{PIPELINE}'s scheduler")
-    if SCHEDULERS[type(scheduler).__name__] == "ddim":
-        settings.pop("variance_type", None)  # left there by the scheduler from which it was made; it is not read
-    return settings
 
 
 def _settings(component: Any, known: dict[str, Any], where: str) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ddpm.checkpoints.lucidrains import OBJECTIVES
 from ddpm.checks import boolean, is_number, positive_integer
-from ddpm.devices import resolve_device
-from ddpm.dropins.checks import absent, check_sampler, check_shape
+from ddpm.dropins.checks import absent, check_device, check_sampler, check_shape
 from ddpm.lucidrains import LucidrainsUNet
 from ddpm.noise import default_generator
 from ddpm.sampler import Sampler
@@ -90,10 +89,7 @@ class GaussianDiffusion:
         Raises:
             ValueError: another: the captured loops stay where they are.
         """
-        if resolve_device(device) != self.device:
-            raise ValueError(
-                f"device is {device}, but the network is on {self.device}; pass device= to ddpm.load instead"
-            )
+        check_device(device, self._sampler)
         return self
 
     def cuda(self, device: int | None = None) -> GaussianDiffusion:
