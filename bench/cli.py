@@ -42,7 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m bench",
         description="Time our sampler and diffusers' pipeline on one checkpoint, taking turns, and check that their "
-        "images agree. `python -m bench gpu` instead runs the GPU tests and a fixed set of comparisons.",
+        "images agree. `python -m bench gpu` instead runs the GPU tests and a fixed set of comparisons; `python -m "
+        "bench roofline` counts a step's launches, products and bytes without a GPU.",
     )
     parser.add_argument("checkpoint", nargs="?", help="a directory that diffusers saved, or a hub id; the demo")
     parser.add_argument("--batch", default="1,16", help="batch sizes (1,16)")
@@ -65,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from bench import gpu
 
             return gpu.main(arguments[1:])
+        if arguments[:1] == ["roofline"]:
+            from bench import roofline
+
+            return roofline.main(arguments[1:])
         return run(make_parser().parse_args(arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

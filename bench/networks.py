@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from bench.architectures import architecture
 from ddpm.unet import UNet, UNetConfig
 
-# google/ddpm-cifar10-32
-CIFAR = UNetConfig(
-    block_out_channels=(128, 256, 256, 256),
-    down_attention=(False, True, False, False),
-    up_attention=(False, False, True, False),
-    sample_size=(32, 32),
-    downsample_padding=0,
-    flip_sin_to_cos=False,
-    freq_shift=1,
-    norm_eps=1e-6,
-)
+CIFAR = architecture("cifar10-32").config
 
 
-def save_random(directory: Path, config: UNetConfig = CIFAR) -> Path:
-    """A directory in diffusers' layout, with weights drawn as torch's layers draw them, from a fixed seed.
-
-    Only for configurations whose other fields are the defaults.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = UNet(config)
-    down = ["AttnDownBlock2D" if used else "DownBlock2D" for used in config.down_attention]
-    up = ["AttnUpBlock2D" if used else "UpBlock2D" for used in config.up_attention]
-    unet = {
-        "_class_name": "UNet2DModel",
+def unet_settings(config: UNetConfig) -> dict[str, Any]:
+    """The arguments of diffusers' UNet2DModel. Only for configurations whose other fields are the defaults."""
+    return {
         "sample_size": config.sample_size[0] if config.sample_size else None,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "layers_per_block": config.layers_per_block,
         "block_out_channels": config.block_out_channels,
-        "down_block_types": down,
-        "up_block_types": up,
+        "down_block_types": ["AttnDownBlock2D" if used else "DownBlock2D" for used in config.down_attention],
+        "up_block_types": ["AttnUpBlock2D" if used else "UpBlock2D" for used in config.up_attention],
         "attention_head_dim": config.attention_head_dim,
         "downsample_padding": config.downsample_padding,
         "flip_sin_to_cos": config.flip_sin_to_cos,
@@ -49,6 +32,16 @@ def save_random(directory: Path, config: UNetConfig = CIFAR) -> Path:
         "norm_num_groups": config.norm_num_groups,
         "norm_eps": config.norm_eps,
     }
+
+
+def save_random(directory: Path, config: UNetConfig = CIFAR) -> Path:
+    """A directory in diffusers' layout, with weights drawn as torch's layers draw them, from a fixed seed.
+
+    Only for configurations that `unet_settings` can say.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = UNet(config)
     scheduler = {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": 1000,
@@ -66,7 +59,7 @@ def save_random(directory: Path, config: UNetConfig = CIFAR) -> Path:
     }
     for name, content in (
         ("model_index.json", index),
-        ("unet/config.json", unet),
+        ("unet/config.json", {"_class_name": "UNet2DModel"} | unet_settings(config)),
         ("scheduler/scheduler_config.json", scheduler),
     ):
         path = directory / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,35 +46,39 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """With rich where it is installed and someone is looking, else aligned text."""
     if not rows:
         print("no row is finished")
         return
+    print_cells(COLUMNS, LEFT, [cells(row) for row in rows])
+
+
+def print_cells(columns: Sequence[str], left: Sequence[str], rows: list[list[str]]) -> None:
+    """With rich where it is installed and someone is looking, else aligned text; `left` names what is not a number."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(plain_table(rows))
+        print(plain_table(columns, left, rows))
         return
     console = Console()
     if not console.is_terminal:  # rich would wrap cells to 80 columns
-        print(plain_table(rows))
+        print(plain_table(columns, left, rows))
         return
     table = Table()
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in LEFT else "right")
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*row)
     console.print(table)
 
 
-def plain_table(rows: list[dict[str, Any]]) -> str:
-    lines = [list(COLUMNS), *(cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+def plain_table(columns: Sequence[str], left: Sequence[str], rows: list[list[str]]) -> str:
+    lines = [list(columns), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     aligned = [
         [
-            cell.ljust(width) if name in LEFT else cell.rjust(width)
-            for cell, width, name in zip(line, widths, COLUMNS, strict=True)
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for cell, width, name in zip(line, widths, columns, strict=True)
         ]
         for line in lines
     ]

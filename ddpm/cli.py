@@ -1,4 +1,4 @@
-"""The command `ddpm`: sample a checkpoint, say what it is, or write it for diffusers."""
+"""The command `ddpm`: sample a checkpoint, say what it is, write it for diffusers, or tune its layers to a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -454,3 +455,60 @@ def convert(source: str, directory: Path, options: tuple[str, ...], **family_opt
     checkpoint = load_checkpoint(source, **(given | parse_options(options)))
     lines = [("written", f"{directory}/"), *(("note", note) for note in save_diffusers(checkpoint, directory))]
     click.echo("\n".join(f"{name:<11}{value}" for name, value in lines))
+
+
+@main.command()
+@checkpoint_options
+@click.option("--batch", metavar="SIZES", default="1", show_default=True, help="Batch sizes, such as 1,16.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write; by default the one that is read for this GPU, beside whose other plans these are put.",
+)
+def tune(checkpoint: str | None, batch: str, out: Path | None, **load_options: Any) -> None:
+    """Measure on this GPU how each convolution of CHECKPOINT runs fastest, and keep the plans for later runs.
+
+    `ddpm info --explain` shows which layers follow a file.
+    """
+    from tqdm import tqdm
+
+    from ddpm.fused import FusedLucidrains, FusedUNet
+    from ddpm.kernels import backend, tuning
+    from ddpm.tune import save
+    from ddpm.tune import tune as measure
+
+    batches = list(dict.fromkeys(parse_ranges("batch", batch)))
+    if min(batches) < 1:
+        raise ValueError(f"batch {batch!r}: expected positive integers, such as 1,16")
+    sampler = _load(checkpoint, **load_options)
+    if sampler.device.type != "cuda":
+        raise ValueError(f"tune measures on a GPU, and this sampler is on {sampler.device}; pass --device cuda")
+    gpu = backend.target(sampler.device).name
+    path = out or tuning.plans_path(gpu) or tuning.default_path(gpu)
+    network = sampler.network
+    assert isinstance(network, (FusedUNet, FusedLucidrains))  # what a checkpoint is loaded as
+    for size in batches:
+        results = measure(
+            network,
+            size,
+            *sampler.checkpoint.sample_size,
+            sampler.device,
+            tf32=sampler.dtype == "tf32",
+            progress=partial(tqdm, desc=f"batch {size}", unit="layer"),
+        )
+        best = {shape: timings[0].plan for shape, timings in results.items() if timings[0].failure is None}
+        save(path, gpu, best)
+        for shape, timings in results.items():
+            click.echo(report_line(shape.key, timings))
+    click.echo(f"{path}")
+
+
+def report_line(key: str, timings: list[Any]) -> str:
+    """A shape's fastest plan, and how many of its candidates failed."""
+    failed = [t.failure for t in timings if t.failure is not None]
+    note = f"; {len(failed)} of {len(timings)} candidates failed, the first: {failed[0]}" if failed else ""
+    first = timings[0]
+    if first.failure is not None:
+        return f"{key}: no candidate ran{note}"
+    p = first.plan
+    return f"{key}: {first.microseconds:.1f} us, {p.form} {p.block_m}x{p.block_n}x{p.block_k} / {p.splits}{note}"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ddpm.files import write_whole
 
 UINT8_ROUNDINGS = ("half_to_even", "truncate", "half_up")
 
@@ -105,22 +105,22 @@ def _read_picture(path: Path, mode: str) -> np.ndarray:
 def save_png(image: np.ndarray, path: Path) -> None:
     """Write uint8 [H, W, C]."""
     picture = _picture(image)
-    _write(path, lambda file: picture.save(file, format="PNG"))
+    write_whole(path, lambda file: picture.save(file, format="PNG"))
 
 
 def save_npz(images: np.ndarray, seeds: Sequence[int] | None, path: Path) -> None:
     """Write uint8 [N, H, W, C] as arr_0, the name that FID tools read, and the seeds beside it."""
     if seeds is None:
-        _write(path, lambda file: np.savez(file, arr_0=images))
+        write_whole(path, lambda file: np.savez(file, arr_0=images))
     else:
-        _write(path, lambda file: np.savez(file, arr_0=images, seeds=np.array(seeds, dtype=np.uint64)))
+        write_whole(path, lambda file: np.savez(file, arr_0=images, seeds=np.array(seeds, dtype=np.uint64)))
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 60, hold: int = 1500) -> None:
     """Write frames, each uint8 [H, W, C], as an animation that repeats and holds its last frame (ms)."""
     first, *rest = [_picture(frame) for frame in frames]
     durations = [milliseconds] * len(rest) + [hold]
-    _write(
+    write_whole(
         path,
         lambda file: first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0),
     )
@@ -157,20 +157,3 @@ def check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write to {directory} ({error.strerror}); choose another --out") from error
-
-
-def _write(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write to a temporary file beside `path` and rename it.
-
-    Raises:
-        ValueError: the disk is full or the directory is not writable; what was at `path` is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        temporary.replace(path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror or error}); finished files are kept") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -374,8 +374,12 @@ class Sampler:
         """Every loop made so far, for inspection of compilations and captures."""
         return list(self._loops.values())
 
-    def explain(self) -> str:
-        """What runs where, layer by layer: one line each, the step around the network first."""
+    def explain(self, batch_size: int = 1) -> str:
+        """What runs where, layer by layer: one line each, the step around the network first.
+
+        Args:
+            batch_size: images per pass, by which layers are planned.
+        """
         from ddpm.kernels import backend
 
         triton = backend.uses_triton(self.device)
@@ -386,7 +390,7 @@ class Sampler:
             f"step: {graph}; compile={self.compile}",
             f"reverse step: {step}; noise: Philox 4x32-10 per seed, or a torch.Generator through a buffer",
         ]
-        layers = self._network.explain(self.device)
+        layers = self._network.explain(self.device, batch_size, *self.checkpoint.sample_size)
         width = max(len(layer.layer) for layer in layers)
         return "\n".join(lines + [f"{layer.layer:<{width}}  {layer.path}" for layer in layers])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,9 +33,70 @@ def jit(function: Callable) -> Callable:
     return triton.jit(function) if HAVE_TRITON else function
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a plan may know of a GPU.
+
+    Attributes:
+        name: as the driver gives it.
+        sms: streaming multiprocessors.
+        shared_memory: bytes that one program may have.
+        capability: (major, minor) of compute capability; (0, 0) for AMD's.
+    """
+
+    name: str
+    sms: int
+    shared_memory: int
+    capability: tuple[int, int]
+
+
+# Programs are planned for it where there is no GPU to ask (interpreter).
+H100 = Target("NVIDIA H100 80GB HBM3", DEFAULT_SM_COUNT, 227 * 1024, (9, 0))
+
+_assumed: list[Target] = []
+
+
+@contextlib.contextmanager
+def assume(target: Target) -> Iterator[None]:
+    """Tensors on the meta device count as tensors of this GPU: shapes and plans without data, on any machine."""
+    _assumed.append(target)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+@functools.cache
+def gpu(device: torch.device) -> Target:
+    properties = torch.cuda.get_device_properties(device)
+    is_amd = properties.warp_size == 64
+    shared = 64 * 1024 if is_amd else properties.shared_memory_per_block_optin
+    capability = (0, 0) if is_amd else (properties.major, properties.minor)
+    return Target(properties.name, properties.multi_processor_count, shared, capability)
+
+
+def target(device: torch.device) -> Target:
+    """The GPU that tensors on `device` are planned for; asked once, not in the middle of a capture."""
+    if device.type == "meta" and _assumed:
+        return _assumed[-1]
+    return gpu(device) if device.type == "cuda" else H100
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether tensors on `device` are a GPU's, or count as such."""
+    return device.type == "cuda" or (device.type == "meta" and bool(_assumed))
+
+
 def uses_triton(device: torch.device) -> bool:
     """Whether tensors on `device` go to the Triton kernels (else to the `_ref`s)."""
+    if device.type == "meta":
+        return is_gpu(device)
     return HAVE_TRITON and (INTERPRET or device.type == "cuda")
+
+
+def is_dispatched(tensor: Tensor) -> bool:
+    """Whether a kernel's call goes through torch's dispatcher: only where it is traced or only shapes are computed."""
+    return torch.compiler.is_compiling() or tensor.is_meta
 
 
 def takes_kernel(tensor: Tensor) -> bool:
@@ -54,12 +116,17 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-@functools.cache
 def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; asked once, not in the middle of a capture."""
-    if device.type != "cuda":
-        return DEFAULT_SM_COUNT
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Streaming multiprocessors of a GPU."""
+    return target(device).sms
+
+
+def most_registers(device: torch.device, n: int) -> dict[str, int]:
+    """The launch option that lets a thread have n registers on an NVIDIA GPU.
+
+    Left alone, the assembler now and then spills a few to fit one more program on a multiprocessor.
+    """
+    return {"maxnreg": n} if HAVE_TRITON and target(device).capability > (0, 0) and not INTERPRET else {}
 
 
 def next_power_of_2(n: int) -> int:
@@ -107,14 +174,47 @@ def check_rows(x: Tensor, scale: Tensor | None, shift: Tensor | None, add: Tenso
             raise ValueError(f"{name} must have shape [{n} or 1, {channels}]; found {list(tensor.shape)}")
 
 
-def register(schema: str, launch: Callable[..., Any], ref: Callable[..., Any], fake: Callable[..., Any]) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What one call of an op costs on a GPU, for counting without one.
+
+    Attributes:
+        launches: kernels.
+        programs: of the main launch; 0 where nobody counts them.
+        flops: of matrix products, a multiplication with its addition being two.
+        extra_bytes: traffic beyond every tensor argument read once, every mutated one and every result written once,
+            such as split-K partials; negative where less of an argument is read, such as one row of a table.
+        form: which of several forms the plan took, for people.
+    """
+
+    launches: int
+    programs: int
+    flops: int
+    extra_bytes: int = 0
+    form: str = ""
+
+
+# By op name: takes the op's arguments, which may be on the meta device under `assume`.
+works: dict[str, Callable[..., Work]] = {}
+
+
+def register(
+    schema: str,
+    launch: Callable[..., Any],
+    ref: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    work: Callable[..., Work] | None = None,
+) -> None:
     """Register `ddpm::<op>`, for torch.compile: eager calls go around the dispatcher, which costs microseconds.
 
     Args:
         schema: name, arguments with the mutated ones marked, and result.
         launch, ref, fake: take the schema's arguments; fake returns an empty tensor of the result's strides.
+        work: takes them too, and says what `launch` would do; one launch, nothing else counted, unless given.
     """
     name = schema.partition("(")[0]
+    works[name] = work or (lambda *_: Work(1, 0, 0))
     _library.define(schema)
     _library.impl(name, launch if HAVE_TRITON else ref, "CUDA")
     _library.impl(name, launch if INTERPRET else ref, "CPU")

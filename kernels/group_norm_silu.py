@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -401,7 +402,7 @@ def group_norm_silu(
     _check(x, num_groups, weight, bias, scale, shift, add)
     if not backend.takes_kernel(x):
         return group_norm_silu_ref(x, num_groups, weight, bias, eps, scale, shift, add, silu)
-    call = torch.ops.ddpm.group_norm_silu if torch.compiler.is_compiling() else _launch
+    call = torch.ops.ddpm.group_norm_silu if backend.is_dispatched(x) else _launch
     return call(x, num_groups, weight, bias, eps, scale, shift, add, silu)
 
 
@@ -464,10 +465,23 @@ def _fake(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=backend.memory_format(x))
 
 
+def _work(x: Tensor, num_groups: int, *_: Any) -> backend.Work:
+    n, channels, height, width = x.shape
+    if x.numel() == 0:
+        return backend.Work(0, 0, 0)
+    p = plan(n, channels, height * width, num_groups, backend.sm_count(x.device))
+    programs = p.programs(n, num_groups)
+    if p.one_pass:
+        return backend.Work(1, programs, 0, form="one pass")
+    partials = n * num_groups * 2 * p.splits * 4  # written, then read
+    return backend.Work(2, programs, 0, x.nbytes + 2 * partials, "two passes")
+
+
 backend.register(
     "group_norm_silu(Tensor x, int num_groups, Tensor weight, Tensor bias, float eps, Tensor? scale, Tensor? shift, "
     "Tensor? add, bool silu) -> Tensor",
     _launch,
     group_norm_silu_ref,
     _fake,
+    work=_work,
 )

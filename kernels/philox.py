@@ -146,7 +146,7 @@ def philox_normal(seeds: Tensor, shape: tuple[int, int, int], draw: int | Tensor
         z = philox_normal_ref(seeds, channels * height * width, draw, purpose)
         return z.view(len(seeds), channels, height, width)
     draw = _draw_tensor(draw, seeds.device)
-    if torch.compiler.is_compiling():
+    if backend.is_dispatched(seeds):
         return torch.ops.ddpm.philox_normal(seeds, channels, height, width, draw, purpose)
     return _launch(seeds, channels, height, width, draw, purpose)
 
@@ -220,9 +220,17 @@ def _fake(seeds: Tensor, channels: int, height: int, width: int, draw: Tensor, p
     return seeds.new_empty((len(seeds), channels, height, width), dtype=torch.float32)
 
 
+def _work(seeds: Tensor, channels: int, height: int, width: int, draw: Tensor, purpose: int) -> backend.Work:
+    elements = channels * height * width
+    if len(seeds) * elements == 0:
+        return backend.Work(0, 0, 0)
+    return backend.Work(1, len(seeds) * -(-elements // (4 * _QUADS)), 0)
+
+
 backend.register(
     "philox_normal(Tensor seeds, int channels, int height, int width, Tensor draw, int purpose) -> Tensor",
     _launch,
     _ref,
     _fake,
+    work=_work,
 )

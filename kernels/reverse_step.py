@@ -322,7 +322,7 @@ def reverse_step(
     threshold = None
     if clip == "dynamic":  # a quantile needs the whole image: its own pass
         threshold = dynamic_threshold(_unclipped_x0(x, out, table, counter, rounding), threshold_ratio, threshold_max)
-    call = torch.ops.ddpm.reverse_step if torch.compiler.is_compiling() else _launch
+    call = torch.ops.ddpm.reverse_step if backend.is_dispatched(x) else _launch
     call(x, out, table, counter, nonfinite, clip, variance, rounding, seeds, noise, x0, threshold, known, mask)
 
 
@@ -527,6 +527,18 @@ def _fake(*args) -> None:
     return None
 
 
+def _work(
+    x: Tensor, out: Tensor, table: Tensor, counter: Tensor, nonfinite: Tensor, *others: str | Tensor | None
+) -> backend.Work:
+    n, elements = len(x), x[0:1].numel()
+    if x.numel() == 0:
+        return backend.Work(0, 0, 0)
+    x0 = others[5]
+    # One row of the table is read; x_0 is only written; the flag is touched where something is wrong.
+    unread = (len(table) - 1) * table.shape[1] * 4 + 2 * nonfinite.nbytes + (0 if x0 is None else x0.nbytes)
+    return backend.Work(1, n * -(-elements // (4 * _QUADS)), 0, -unread)
+
+
 backend.register(
     "reverse_step(Tensor(a!) x, Tensor out, Tensor table, Tensor counter, Tensor(b!) nonfinite, str clip, "
     "str variance, str rounding, Tensor? seeds, Tensor? noise, Tensor(c!)? x0, Tensor? threshold, Tensor? known, "
@@ -534,4 +546,5 @@ backend.register(
     _launch,
     _step_ref,
     _fake,
+    work=_work,
 )

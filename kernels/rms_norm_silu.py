@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +220,7 @@ def rms_norm_silu(
     _check(x, weight, scale, shift, add, residual)
     if not backend.takes_kernel(x):
         return rms_norm_silu_ref(x, weight, scale, shift, add, residual, silu)
-    call = torch.ops.ddpm.rms_norm_silu if torch.compiler.is_compiling() else _launch
+    call = torch.ops.ddpm.rms_norm_silu if backend.is_dispatched(x) else _launch
     return call(x, weight, scale, shift, add, residual, silu)
 
 
@@ -278,10 +279,20 @@ def _fake(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=backend.memory_format(x))
 
 
+def _work(x: Tensor, *_: Any) -> backend.Work:
+    n, channels, height, width = x.shape
+    if x.numel() == 0:
+        return backend.Work(0, 0, 0)
+    p = plan(n, channels, height * width, backend.sm_count(x.device))
+    programs = n * -(-height * width // p.block_p)
+    return backend.Work(1, programs, 0, x.nbytes if p.blocks > 1 else 0, "reads twice" if p.blocks > 1 else "one pass")
+
+
 backend.register(
     "rms_norm_silu(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? add, Tensor? residual, bool silu) "
     "-> Tensor",
     _launch,
     rms_norm_silu_ref,
     _fake,
+    work=_work,
 )

@@ -111,9 +111,10 @@ class Launch:
     Attributes:
         op: the kernel's file, the last part of its module's name.
         regs: per thread (VGPRs on AMD).
-        spills: bytes of spilled registers per thread (on AMD: their number, and bytes of scratch).
+        spills: bytes of spilled registers per thread (on AMD: of vector registers their number, and bytes of scratch).
         shared: bytes per program.
         captured: whether it went into a graph.
+        cubin: the binary, for NVIDIA's chips.
     """
 
     name: str
@@ -126,6 +127,15 @@ class Launch:
     spills: int
     shared: int
     captured: bool
+    cubin: bytes | None = field(repr=False)
+
+    def sass(self) -> str:
+        """The machine's instructions."""
+        assert self.cubin is not None, "AMD's binaries are not disassembled"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            return _nvidia_tool("nvdisasm", "--print-code", file.name)
 
 
 @dataclass
@@ -458,14 +468,12 @@ def _resources(asm: dict[str, Any]) -> tuple[int, int]:
         def take(key: str) -> int:
             return max((int(v) for v in re.findall(rf"\.{key}:\s+(\d+)", text)), default=0)
 
-        spills = take("vgpr_spill_count") + take("sgpr_spill_count") + take("private_segment_fixed_size")
-        return take("vgpr_count"), spills
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        # Scalar registers spill into lanes of vector registers, not into memory (else scratch would show it).
+        return take("vgpr_count"), take("vgpr_spill_count") + take("private_segment_fixed_size")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        out = _nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
     usage = out[out.index("Function") :]
     regs, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     # An array of local memory is no spill (libdevice's sine has one, for huge angles). ptxas keeps it in the frame, or
@@ -474,13 +482,19 @@ def _resources(asm: dict[str, Any]) -> tuple[int, int]:
     return regs, (stack - arrays if stack >= arrays else stack) + local
 
 
-_binaries: dict[Any, tuple[int, int, int, int]] = {}
+def _nvidia_tool(name: str, *arguments: str) -> str:
+    """What one of the tools prints that Triton brings."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+_binaries: dict[Any, tuple[int, int, int, int, bytes | None]] = {}
 
 
 def _compile(
     fn: JITFunction, signature: dict, constants: dict, attributes: dict, options: dict, target: GPUTarget
-) -> tuple[Any, tuple[int, int, int, int]]:
-    """A key of the binary, and its (registers, spills, shared bytes, warps)."""
+) -> tuple[Any, tuple[int, int, int, int, bytes | None]]:
+    """A key of the binary, and its (registers, spills, shared bytes, warps, cubin)."""
     # The types too: 1, 1.0 and True are equal, and compile to different code.
     typed = tuple((name, type(value).__name__, value) for name, value in constants.items())
     key = (fn, tuple(signature.items()), typed, str(attributes), tuple(sorted(options.items())), target)
@@ -488,7 +502,8 @@ def _compile(
         positions = {(fn.arg_names.index(name),): value for name, value in constants.items()}
         source = ASTSource(fn=fn, signature=signature, constexprs=positions, attrs=attributes)
         kernel = triton.compile(source, target=target, options=options)
-        _binaries[key] = (*_resources(kernel.asm), kernel.metadata.shared, kernel.metadata.num_warps)
+        shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+        _binaries[key] = (*_resources(kernel.asm), shared, warps, kernel.asm.get("cubin"))
     return key, _binaries[key]
 
 
@@ -559,11 +574,11 @@ def dry_cuda(arch: int | str = 90, *, devices: int = 1) -> Iterator[Dry]:
         if callable(grid):
             grid = grid(dict(bound.arguments))
         grid = (grid,) if isinstance(grid, int) else tuple(int(g) for g in grid)
-        key, (regs, spills, shared, warps) = _compile(self, signature, constants, attributes, options, target)
+        key, (regs, spills, shared, warps, cubin) = _compile(self, signature, constants, attributes, options, target)
         _check_fits(name, chip, grid, regs, shared, warps)
         captured = dry.capturing is not None
         op = self.fn.__module__.rpartition(".")[2]
-        dry.launch(Launch(name, op, grid, signature, constants, options, regs, spills, shared, captured), key)
+        dry.launch(Launch(name, op, grid, signature, constants, options, regs, spills, shared, captured, cubin), key)
 
     with contextlib.ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -574,8 +589,8 @@ def dry_cuda(arch: int | str = 90, *, devices: int = 1) -> Iterator[Dry]:
         for name, fake in _fake_torch_cuda(dry).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, fake))
         # Remembered answers about devices are about those of another dry run.
-        backend.sm_count.cache_clear()
-        stack.callback(backend.sm_count.cache_clear)
+        backend.gpu.cache_clear()
+        stack.callback(backend.gpu.cache_clear)
         stack.enter_context(_Watch(dry))
         stack.enter_context(_FusedAttention())
         yield dry

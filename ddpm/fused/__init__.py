@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ddpm.fused.layers import GroupNormSiLU, LayerPath, RMSNormSiLU, TimePath
+from ddpm.fused.convolution import Convolution
+from ddpm.fused.explain import LayerPath
+from ddpm.fused.layers import GroupNormSiLU, RMSNormSiLU, TimePath
 from ddpm.fused.lucidrains import FusedLucidrains
 from ddpm.fused.module import ModuleNetwork
 from ddpm.fused.unet import FusedUNet
@@ -15,6 +17,7 @@ from ddpm.lucidrains import LucidrainsUNet
 from ddpm.unet import UNet
 
 __all__ = [
+    "Convolution",
     "FusedLucidrains",
     "FusedNetwork",
     "FusedUNet",
@@ -63,7 +66,7 @@ class FusedNetwork(Protocol):
 
     def to(self, device: torch.device) -> FusedNetwork: ...
 
-    def explain(self, device: torch.device) -> list[LayerPath]: ...
+    def explain(self, device: torch.device, batch: int, height: int, width: int) -> list[LayerPath]: ...
 
 
 def fuse(reference: UNet | LucidrainsUNet | ModuleNetwork, dtype: torch.dtype = torch.float32) -> FusedNetwork:

@@ -1,9 +1,8 @@
-"""Building blocks of every fused network: NHWC weights, norm + SiLU in one kernel, the time path off the step."""
+"""Building blocks of every fused network: norm + SiLU in one kernel, the time path off the step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,18 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.kernels import backend
+from ddpm.kernels.channel_statistics import Norm
 from ddpm.kernels.group_norm_silu import group_norm_silu
 from ddpm.kernels.rms_norm_silu import rms_norm_silu
 from ddpm.lucidrains import RMSNorm
-from ddpm.unet import ACTIVATIONS, resample
-
-
-@dataclass(frozen=True)
-class LayerPath:
-    """Which code a layer takes, for `Sampler.explain()`."""
-
-    layer: str
-    path: str
+from ddpm.unet import ACTIVATIONS
 
 
 class EmbedsTime(Protocol):
@@ -103,35 +95,17 @@ class TimePath(nn.Module):
             return row
         return F.linear(self.activation(row[:, : self.embedding_dim] + classes), self.weight, self.bias)
 
-    def explain(self) -> LayerPath:
+    def describe(self) -> str:
+        """What is left of it in the step, for `Sampler.explain()`."""
         if self.conditional:
             product = f"[N, {self.embedding_dim}] x [{self.embedding_dim}, {self.width}]"
-            return LayerPath("time path", f"table of emb(t), plus class; one float32 matrix product {product} a step")
-        return LayerPath("time path", f"table of {self.columns} float32 a step, no work in the loop")
+            return f"table of emb(t), plus class; one float32 matrix product {product} a step"
+        return f"table of {self.columns} float32 a step, no work in the loop"
 
 
 def frozen(tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
     """A frozen copy: the reference network stays as it was loaded."""
     return nn.Parameter(tensor.detach().to(dtype or tensor.dtype, copy=True), requires_grad=False)
-
-
-def conv_nhwc(conv: nn.Conv2d, dtype: torch.dtype, *, bias: bool = True) -> nn.Conv2d:
-    """A copy with NHWC weights."""
-    copy = nn.utils.skip_init(
-        nn.Conv2d,
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        bias=bias,
-    )
-    copy.weight = nn.Parameter(
-        frozen(conv.weight, dtype).contiguous(memory_format=torch.channels_last), requires_grad=False
-    )
-    if bias:
-        copy.bias = frozen(conv.bias, dtype)
-    return copy
 
 
 class GroupNormSiLU(nn.Module):
@@ -140,7 +114,13 @@ class GroupNormSiLU(nn.Module):
     def __init__(self, norm: nn.GroupNorm, activation: str | None):
         super().__init__()
         self.groups, self.eps, self.activation = norm.num_groups, norm.eps, activation
+        self.silu = activation in ("silu", "swish")
+        self.is_fusable = self.silu or activation is None  # the kernels know no other activation
         self.weight, self.bias = frozen(norm.weight), frozen(norm.bias)
+
+    def arguments(self, statistics: tuple[Tensor, ...], scale: Tensor | None, shift: Tensor | None) -> Norm:
+        """What a kernel reads that finalizes this norm from the statistics of its input's parts."""
+        return Norm(self.weight, self.bias, self.groups, self.eps, self.silu, statistics, scale, shift)
 
     def forward(
         self,
@@ -150,12 +130,16 @@ class GroupNormSiLU(nn.Module):
         shift: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        silu = self.activation in ("silu", "swish")
         y = group_norm_silu(
-            x, self.groups, self.weight, self.bias, self.eps, add=add, scale=scale, shift=shift, silu=silu
+            x, self.groups, self.weight, self.bias, self.eps, add=add, scale=scale, shift=shift, silu=self.silu
         )
-        y = y if silu or self.activation is None else ACTIVATIONS[self.activation](y)
+        y = y if self.is_fusable else ACTIVATIONS[self.activation](y)
         return y if residual is None else y + residual
+
+    def describe(self, x: Tensor, *_: object) -> str:
+        """Which code it takes, for `Sampler.explain()`."""
+        extra = "" if self.is_fusable else f", then {self.activation} on its own"
+        return _describe_norm("group_norm_silu", x) + extra
 
 
 class RMSNormSiLU(nn.Module):
@@ -176,30 +160,11 @@ class RMSNormSiLU(nn.Module):
     ) -> Tensor:
         return rms_norm_silu(x, self.weight, add=add, scale=scale, shift=shift, residual=residual, silu=self.silu)
 
-
-class FusedUpsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a convolution."""
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
-        super().__init__()
-        self.conv = conv_nhwc(conv, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(resample(x, "up"))
+    def describe(self, x: Tensor, *_: object) -> str:
+        """Which code it takes, for `Sampler.explain()`."""
+        return _describe_norm("rms_norm_silu", x)
 
 
-def explain_layer(name: str, module: nn.Module, device: torch.device) -> LayerPath | None:
-    """The path of a norm or a convolution on `device`; None for modules that only hold others."""
-    if isinstance(module, (GroupNormSiLU, RMSNormSiLU)):
-        op = "group_norm_silu" if isinstance(module, GroupNormSiLU) else "rms_norm_silu"
-        kernel = f"Triton kernel {op}" if backend.uses_triton(device) else f"{op}_ref (plain PyTorch)"
-        activation = getattr(module, "activation", None)
-        extra = "" if activation in (None, "silu", "swish") else f", then {activation} on its own"
-        return LayerPath(name, f"{kernel}, float32 statistics{extra}")
-    if isinstance(module, nn.Conv2d):
-        library = "oneDNN" if device.type == "cpu" else "cuDNN"
-        size = f"{module.kernel_size[0]}x{module.kernel_size[1]}"
-        shape = f"{module.in_channels}->{module.out_channels}, stride {module.stride[0]}"
-        dtype = str(module.weight.dtype).removeprefix("torch.")
-        return LayerPath(name, f"{library} convolution {size}, {shape}, NHWC {dtype}")
-    return None
+def _describe_norm(op: str, x: Tensor) -> str:
+    code = f"Triton kernel {op}" if backend.uses_triton(x.device) else f"{op}_ref (plain PyTorch)"
+    return f"{code}, float32 statistics"

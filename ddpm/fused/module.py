@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ddpm.fused.layers import LayerPath
+from ddpm.fused.explain import LayerPath
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class ModuleNetwork(nn.Module):
             )
         return out
 
-    def explain(self, device: torch.device) -> list[LayerPath]:
+    def explain(self, device: torch.device, batch: int, height: int, width: int) -> list[LayerPath]:
+        """One line: nothing is known of its layers."""
         parameters = sum(p.numel() for p in self.network.parameters())
         dtype = str(self.dtype).removeprefix("torch.")
         return [LayerPath(type(self.network).__name__, f"as it is, {parameters:,} parameters, {dtype}")]

@@ -1,91 +1,96 @@
-"""The reference U-Net rebuilt for sampling: NHWC, GroupNorm + SiLU in one kernel, the time path taken off the step.
+"""The reference U-Net rebuilt for sampling: NHWC, a launch per convolution, the time path taken off the step.
 
 What changes against `ddpm/unet.py`, none of which changes the mathematics:
 - activations are channels_last and weights repacked once;
-- GroupNorm, time embedding (added, or scale and shift) and SiLU are one operation;
-- the time path is a table, or one matrix product a step for a class-conditional network (see `TimePath`);
-- q, k and v are one matrix product.
+- a convolution is one operation with the norm and SiLU before it and all that is added behind (see `Convolution`): a
+  resnet is two of them, its 1x1 shortcut in the second one's sum, an attention's projections are two more;
+- skip connections are read where they lie, not concatenated;
+- the time path is a table, or one matrix product a step for a class-conditional network (see `TimePath`).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.fused.layers import FusedUpsample, GroupNormSiLU, LayerPath, TimePath, conv_nhwc, explain_layer, frozen
+from ddpm.fused.attention import attend, describe_attention
+from ddpm.fused.convolution import Convolution
+from ddpm.fused.explain import LayerPath, Skeleton
+from ddpm.fused.features import Features
+from ddpm.fused.layers import TimePath
 from ddpm.unet import Attention, Block, Downsample, ResnetBlock, UNet, Upsample, resample
 
 
 class FusedResnet(nn.Module):
     def __init__(self, block: ResnetBlock, activation: str, time_path: TimePath, dtype: torch.dtype):
         super().__init__()
-        self.resample, self.scale = block.resample, block.scale
-        self.norm1 = GroupNormSiLU(block.norm1, activation)
-        self.conv1 = conv_nhwc(block.conv1, dtype, bias=False)  # its bias is added in norm2
-        self.norm2 = GroupNormSiLU(block.norm2, activation)
-        self.conv2 = conv_nhwc(block.conv2, dtype)
-        self.conv_shortcut = None if block.conv_shortcut is None else conv_nhwc(block.conv_shortcut, dtype)
+        self.resample = block.resample
+        self.conv1 = Convolution.of(
+            block.conv1, dtype, bias=block.scale_shift, norm=block.norm1, activation=activation, resample=block.resample
+        )
+        self.conv2 = Convolution.of(
+            block.conv2,
+            dtype,
+            norm=block.norm2,
+            activation=activation,
+            shortcut=block.conv_shortcut,
+            scale=block.scale,
+        )
         projection = block.time_emb_proj
         if block.scale_shift:
-            self.conv1_bias = frozen(block.conv1.bias[None])  # [1, C]
             rows = time_path.reserve(projection.weight, projection.bias)
             middle = (rows.start + rows.stop) // 2
             self.scale_columns: slice | None = slice(rows.start, middle)
             self.time_columns = slice(middle, rows.stop)
         else:
-            self.conv1_bias = None
             self.scale_columns = None
+            # conv1's bias is in the time path's, added where it would be
             self.time_columns = time_path.reserve(projection.weight, projection.bias + block.conv1.bias)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x: [N, C, H, W] channels_last; time: the time path's result, float32 [1 or N, width]."""
-        h = resample(self.norm1(x), self.resample)
-        x = resample(x, self.resample)
-        h = self.conv1(h)
+    def forward(self, x: Features, time: Tensor) -> Features:
+        """x: [N, C, H, W]; time: the time path's result, float32 [1 or N, width]."""
         row = time[:, self.time_columns]
-        if self.scale_columns is None:
-            h = self.norm2(h, add=row)
-        else:
-            h = self.norm2(h, add=self.conv1_bias, scale=time[:, self.scale_columns], shift=row)
-        h = self.conv2(h)
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
-        h = x + h
-        return h if self.scale == 1 else h / self.scale
+        scale = None if self.scale_columns is None else time[:, self.scale_columns]
+        h = self.conv1(x, row=row if scale is None else None)
+        if self.resample == "down":
+            x = Features.of(resample(x.tensor(), "down"))
+        return self.conv2(h, scale=scale, shift=None if scale is None else row, residual=x)
 
 
 class FusedAttention(nn.Module):
     def __init__(self, attention: Attention, dtype: torch.dtype):
         super().__init__()
-        self.heads, self.dim_head, self.scale = attention.heads, attention.dim_head, attention.scale
-        self.norm = None if attention.group_norm is None else GroupNormSiLU(attention.group_norm, None)
-        projections = (attention.to_q, attention.to_k, attention.to_v)
-        self.qkv_weight = frozen(torch.cat([p.weight for p in projections]), dtype)  # [3 * inner, C]
-        self.qkv_bias = frozen(torch.cat([p.bias for p in projections]), dtype)
-        self.out_weight = frozen(attention.to_out[0].weight, dtype)
-        self.out_bias = frozen(attention.to_out[0].bias, dtype)
+        self.heads, self.dim_head = attention.heads, attention.dim_head
+        projections, out = (attention.to_q, attention.to_k, attention.to_v), attention.to_out[0]
+        self.qkv = Convolution(
+            torch.cat([p.weight for p in projections])[:, :, None, None],  # [3 * inner, C, 1, 1]
+            torch.cat([p.bias for p in projections]),
+            dtype,
+            padding=(0, 0),
+            norm=attention.group_norm,
+            statistics=False,
+        )
+        self.out = Convolution(out.weight[:, :, None, None], out.bias, dtype, padding=(0, 0), scale=attention.scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
-        h = x if self.norm is None else self.norm(x)
-        h = h.permute(0, 2, 3, 1).reshape(n, height * width, c)  # a view: x is NHWC
-        qkv = F.linear(h, self.qkv_weight, self.qkv_bias).view(n, height * width, 3, self.heads, self.dim_head)
+    def forward(self, x: Features) -> Features:
+        qkv = self.qkv(x).parts[0]  # [N, 3 * inner, H, W], channels_last
+        n, _, height, width = qkv.shape
+        qkv = qkv.permute(0, 2, 3, 1).reshape(n, height * width, 3, self.heads, self.dim_head)  # a view
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, HW, dim_head]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height * width, -1)
-        h = F.linear(h, self.out_weight, self.out_bias).view(n, height, width, c).permute(0, 3, 1, 2)
-        h = h + x
-        return h if self.scale == 1 else h / self.scale
+        h = attend(q, k, v).transpose(1, 2).reshape(n, height, width, -1).permute(0, 3, 1, 2)
+        return self.out(Features.of(h), residual=x)
+
+    def describe(self, x: Features) -> str:
+        """Which attention it takes, for `Sampler.explain()`."""
+        return describe_attention(self.heads, self.dim_head, self.qkv.dtype, x.parts[0].device)
 
 
-class FusedDownsample(nn.Module):
+class FusedDownsample(Convolution):
+    """A convolution of stride 2, padded all round or, with padding 0, only below and to the right."""
+
     def __init__(self, block: Downsample, dtype: torch.dtype):
-        super().__init__()
-        self.pad = not block.padding
-        self.conv = conv_nhwc(block.conv, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad else x)
+        padding = (block.padding, block.padding) if block.padding else (0, 1)
+        super().__init__(block.conv.weight, block.conv.bias, dtype, stride=2, padding=padding)
 
 
 class FusedBlock(nn.Module):
@@ -96,11 +101,11 @@ class FusedBlock(nn.Module):
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.sampler = sampler
 
-    def layer(self, index: int, h: Tensor, time: Tensor) -> Tensor:
+    def layer(self, index: int, h: Features, time: Tensor) -> Features:
         h = self.resnets[index](h, time)
         return self.attentions[index](h) if len(self.attentions) else h
 
-    def change_resolution(self, h: Tensor, time: Tensor) -> Tensor:
+    def change_resolution(self, h: Features, time: Tensor) -> Features:
         return self.sampler(h, time) if isinstance(self.sampler, FusedResnet) else self.sampler(h)
 
 
@@ -117,7 +122,7 @@ class FusedUNet(nn.Module):
         super().__init__()
         self.config, self.dtype = reference.config, dtype
         self.time = TimePath(reference)
-        self.conv_in = conv_nhwc(reference.conv_in, dtype)
+        self.conv_in = Convolution.of(reference.conv_in, dtype)
         self.down_blocks = nn.ModuleList([self._block(block) for block in reference.down_blocks])
         self.mid_resnets = nn.ModuleList()
         self.mid_attentions = nn.ModuleList()
@@ -125,8 +130,9 @@ class FusedUNet(nn.Module):
             self.mid_resnets.extend(self._resnet(block) for block in reference.mid_block.resnets)
             self.mid_attentions.extend(FusedAttention(a, dtype) for a in reference.mid_block.attentions)
         self.up_blocks = nn.ModuleList([self._block(block) for block in reference.up_blocks])
-        self.norm_out = GroupNormSiLU(reference.conv_norm_out, "silu")
-        self.conv_out = conv_nhwc(reference.conv_out, torch.float32)
+        self.conv_out = Convolution.of(
+            reference.conv_out, torch.float32, norm=reference.conv_norm_out, activation="silu", statistics=False
+        )
         self.time.finish()
         self.eval()
 
@@ -152,7 +158,7 @@ class FusedUNet(nn.Module):
         elif isinstance(block.sampler, Downsample):
             sampler = FusedDownsample(block.sampler, self.dtype)
         elif isinstance(block.sampler, Upsample):
-            sampler = FusedUpsample(block.sampler.conv, self.dtype)
+            sampler = Convolution.of(block.sampler.conv, self.dtype, resample="up")
         else:
             sampler = None
         return FusedBlock(resnets, attentions, sampler)
@@ -170,11 +176,11 @@ class FusedUNet(nn.Module):
             float32 [N, out, H, W], channels_last.
         """
         time = self.time(row, classes)
-        if condition is not None:
-            x = torch.cat([x, condition], dim=1)
         if self.config.center_input_sample:
             x = 2 * x - 1.0
-        h = self.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+            condition = None if condition is None else 2 * condition - 1.0
+        inputs = (x,) if condition is None else (x, condition)
+        h = self.conv_in(Features(inputs, (None,) * len(inputs)))
         skips = [h]
         for block in self.down_blocks:
             for j in range(len(block.resnets)):
@@ -190,23 +196,20 @@ class FusedUNet(nn.Module):
                     h = attention(h)
         for block in self.up_blocks:
             for j in range(len(block.resnets)):
-                h = block.layer(j, torch.cat([h, skips.pop()], dim=1), time)
+                h = block.layer(j, h.with_skip(skips.pop()), time)
             if block.sampler is not None:
                 h = block.change_resolution(h, time)
-        h = self.conv_out(self.norm_out(h).float())
+        out = self.conv_out(h).tensor()
         if self.time.divides_by_time:
-            h = h / row[:, -1:, None, None]
-        return h
+            out = out / row[:, -1:, None, None]
+        return out
 
-    def explain(self, device: torch.device) -> list[LayerPath]:
-        """Which path every layer takes on `device`, in the order of the modules."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        paths = [self.time.explain()]
-        for name, module in self.named_modules():
-            if isinstance(module, FusedAttention):
-                paths.append(
-                    LayerPath(name, f"scaled_dot_product_attention, {module.heads} heads of {module.dim_head}, {dtype}")
-                )
-            elif path := explain_layer(name, module, device):
-                paths.append(path)
-        return paths
+    def skeleton(self, batch: int, height: int, width: int) -> Skeleton:
+        """The same network without weights, and inputs for it."""
+        with torch.device("meta"):
+            reference = UNet(self.config)
+            return Skeleton(FusedUNet(reference, self.dtype), reference.example(batch, height, width))
+
+    def explain(self, device: torch.device, batch: int, height: int, width: int) -> list[LayerPath]:
+        """Which path every layer takes on `device`, in order of execution."""
+        return self.skeleton(batch, height, width).explain(device)

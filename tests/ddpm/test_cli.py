@@ -276,7 +276,7 @@ def test_a_disk_that_is_full_while_a_file_is_written(checkpoint, out, monkeypatc
             file.write(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        files_of._write(path, write)
+        files_of.write_whole(path, write)
 
     monkeypatch.setattr(files_of, "save_png", full)
     assert_refused(sample(checkpoint, out, "--seeds", "0", "--quiet"), "(No space left on device)")

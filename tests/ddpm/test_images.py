@@ -12,6 +12,7 @@ from diffusers import DDPMPipeline
 from PIL import Image
 
 from ddpm import images as files_of
+from ddpm.files import write_whole
 from ddpm.images import UINT8_ROUNDINGS, load_mask, load_picture, make_grid, save_gif, save_npz, save_png, to_uint8
 
 # Every byte's own value, the halves between bytes, the ends and what lies outside.
@@ -137,7 +138,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(ValueError, match=r"cannot write .*a\.png \(No space left on device\); finished files are kept"):
-        files_of._write(path, half)
+        write_whole(path, half)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.png"]
 
@@ -151,7 +152,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        files_of._write(path, interrupted)
+        write_whole(path, interrupted)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.png"]
 

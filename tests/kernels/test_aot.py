@@ -9,6 +9,7 @@ meets almost every other.
 from __future__ import annotations
 
 import os
+import re
 from itertools import product
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from ddpm.kernels.channel_statistics import Norm, merge_statistics
+from ddpm.kernels.group_norm_apply import group_norm_apply
 from ddpm.kernels.group_norm_silu import group_norm_silu
 from ddpm.kernels.philox import PURPOSE_IMG2IMG, PURPOSE_INITIAL, philox_normal
 from ddpm.kernels.reverse_step import COLUMNS, reverse_step
 from ddpm.kernels.rms_norm_silu import rms_norm_silu
+from tests import dry_cuda as dry_cuda_module
 from tests.dry_cuda import CHIPS, Dry, dry_cuda
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, does not interpret")
@@ -227,4 +231,110 @@ def test_rms_norm_silu_of_unusual_shapes(shape, layout, options):
         x = tensor(*shape, dtype=torch.float16, layout=layout)
         y = rms_norm_silu(x, weight, add=row, scale=row, shift=row, residual=x if options else None)
     assert y.shape == x.shape
+    check(dry)
+
+
+def apply_norm(parts: list[torch.Tensor], groups: int, slots: tuple[int, int], silu: bool, modulated: bool) -> Norm:
+    channels = sum(part.shape[1] for part in parts)
+    scale, shift = tensor(1, 3 * channels).chunk(3, dim=1)[:2] if modulated else (None, None)
+    statistics = tuple(tensor(len(part), count, 2, part.shape[1]) for part, count in zip(parts, slots, strict=False))
+    return Norm(tensor(channels), tensor(channels), groups, 1e-5, silu, statistics, scale, shift)
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels", "shape", "slots", "resample", "modulated", "silu", "dtype", "out"),
+    thinned(
+        61,
+        211,
+        ((128,), (96,), (320,), (256, 256), (256, 128), (192, 96), (20, 12)),
+        # (batch, size): one image that leaves a GPU idle, and many.
+        ((1, 16), (64, 32)),
+        ((1, 1), (16, 4)),
+        (None, "up", "down"),
+        (False, True),
+        (True, False),
+        (torch.float32, torch.float16, torch.bfloat16),
+        ("same", "float32"),
+    ),
+)
+def test_group_norm_apply(arch, channels, shape, slots, resample, modulated, silu, dtype, out):
+    batch, size = shape
+    with dry_cuda(arch) as dry:
+        parts = [tensor(batch, c, size, size, dtype=dtype, layout="NHWC") for c in channels]
+        norm = apply_norm(parts, sum(channels) // 8 if sum(channels) < 96 else 32, slots, silu, modulated)
+        y = group_norm_apply(parts, norm, resample=resample, dtype=torch.float32 if out == "float32" else None)
+    size = {None: size, "up": 2 * size, "down": size // 2}[resample]
+    assert y.shape == (batch, sum(channels), size, size)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert [launch.op for launch in dry.launches] == ["group_norm_apply"]
+    check(dry)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "shape"),
+    [
+        # Arguments that are 1 become constants, with other types than numbers have.
+        ((1,), 1, (1, 1, 1)),
+        ((1, 1), 1, (1, 2, 1)),
+        ((32,), 32, (2, 1, 1)),
+        ((9, 3), 3, (3, 5, 7)),
+        ((4096,), 1, (1, 8, 8)),
+        ((5,), 5, (1, 96, 1)),
+        # Offsets of more than 32 bits.
+        ((64, 64), 32, (1, 8192, 8192)),
+    ],
+)
+@pytest.mark.parametrize(("resample", "modulated"), [(None, False), ("up", True), ("down", True)])
+def test_group_norm_apply_of_unusual_shapes(channels, groups, shape, resample, modulated):
+    batch, height, width = shape
+    if resample == "down" and min(height, width) < 2:
+        pytest.skip("nothing to halve")
+    with dry_cuda(90) as dry:
+        parts = [tensor(batch, c, height, width, dtype=torch.float16, layout="NHWC") for c in channels]
+        y = group_norm_apply(parts, apply_norm(parts, groups, (3, 1), True, modulated), resample=resample)
+    assert y.shape[1] == sum(channels)
+    check(dry)
+
+
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [
+        ((128,), torch.float16),
+        ((256, 128), torch.bfloat16),
+        # Triton by itself asks only whether 16 divides a size.
+        ((40, 24), torch.float16),
+        ((20, 12), torch.float32),
+    ],
+)
+def test_group_norm_apply_moves_16_bytes_at_a_time(channels, dtype, resample, monkeypatch):
+    kernels: list[Any] = []
+    compiler = dry_cuda_module.triton.compile
+
+    def compile_and_keep(*args: Any, **options: Any) -> Any:
+        kernels.append(compiler(*args, **options))
+        return kernels[-1]
+
+    with dry_cuda(90) as dry:
+        parts = [tensor(64, c, 16, 16, dtype=dtype, layout="NHWC") for c in channels]
+        norm = apply_norm(parts, 4, (2, 2), True, False)
+        with monkeypatch.context() as patch:
+            patch.setattr(dry_cuda_module, "_binaries", {})  # so that it is compiled here
+            patch.setattr(dry_cuda_module.triton, "compile", compile_and_keep)
+            group_norm_apply(parts, norm, resample=resample)
+    check(dry)
+    stores = re.findall(r"st\.global\S*", kernels[0].asm["ptx"])
+    assert {store.endswith(".v4.b32") for store in stores} == {True}, stores
+    loads = len(re.findall(r"ld\.global\S*\.v4\.b32", kernels[0].asm["ptx"]))
+    assert loads * {None: 1, "up": 4, "down": 0.25}[resample] >= len(stores)
+
+
+@pytest.mark.parametrize(("slots", "channels", "pixels"), [(512, 128, 65536), (17, 1, 35), (4096, 20, 65535)])
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("arch", CHIPS)
+def test_merge_statistics(arch, slots, channels, pixels, batch):
+    with dry_cuda(arch) as dry:
+        merged = merge_statistics(tensor(batch, slots, 2, channels), pixels)
+    assert merged.shape == (batch, 9 if slots == 17 else 16, 2, channels)
+    assert [launch.name for launch in dry.launches] == ["_merge_kernel"]
     check(dry)

@@ -12,7 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpm.kernels import backend
+from ddpm.kernels import (
+    backend,
+    group_norm_silu,  # noqa: F401 -- each registers its op
+    philox,  # noqa: F401
+    reverse_step,  # noqa: F401
+    rms_norm_silu,  # noqa: F401
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,13 +116,70 @@ def test_a_gpu_is_asked_for_its_size_once(monkeypatch):
 
     def properties(device):
         asked.append(device)
-        return SimpleNamespace(multi_processor_count=84)
+        return SimpleNamespace(
+            name="RTX", multi_processor_count=84, shared_memory_per_block_optin=101376, warp_size=32, major=8, minor=6
+        )
 
-    backend.sm_count.cache_clear()
+    backend.gpu.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     try:
         assert [backend.sm_count(torch.device("cuda", 3)) for _ in range(3)] == [84] * 3
+        assert backend.target(torch.device("cuda", 3)) == backend.Target("RTX", 84, 101376, (8, 6))
         assert len(asked) == 1
         assert backend.sm_count(torch.device("cpu")) == backend.DEFAULT_SM_COUNT
     finally:
-        backend.sm_count.cache_clear()
+        backend.gpu.cache_clear()
+
+
+def test_the_meta_device_stands_for_an_assumed_gpu():
+    meta, a10 = torch.device("meta"), backend.Target("A10", 72, 101376, (8, 6))
+    assert not backend.uses_triton(meta)
+    with backend.assume(a10):
+        assert backend.uses_triton(meta)
+        assert backend.target(meta) == a10
+        assert backend.is_dispatched(torch.empty(1, device=meta))
+    assert not backend.uses_triton(meta)
+
+
+def test_an_op_says_what_it_costs():
+    """Counted on the meta device: launches, programs, and the bytes beyond its arguments and results."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with backend.assume(backend.H100):
+        seeds = tensor(2, dtype=torch.int64)
+        assert backend.works["philox_normal"](seeds, 3, 32, 32, tensor(1), 0) == backend.Work(1, 2 * 3, 0)
+
+        x = tensor(2, 3, 32, 32)
+        flags = [tensor(1), tensor(1, dtype=torch.int64)]
+        arguments = [x, x, tensor(1000, 15), *flags, "clamp", "fixed", "float32", seeds]
+        one = backend.works["reverse_step"](*arguments, None, None, None, None, None)
+        assert one == backend.Work(1, 2 * 6, 0, -(999 * 15 * 4 + 2 * 8))
+        # a preview is written and not read, though it is a mutated argument
+        preview = backend.works["reverse_step"](*arguments, None, x, None, None, None)
+        assert preview.extra_bytes == one.extra_bytes - x.nbytes
+
+        weight = tensor(64)
+        small, large = tensor(1, 64, 8, 8, dtype=torch.float16), tensor(1, 64, 128, 128, dtype=torch.float16)
+        work = backend.works["group_norm_silu"]
+        assert work(small, 32, weight, weight, 1e-5, None, None, None, True).launches == 1
+        twice = work(large, 32, weight, weight, 1e-5, None, None, None, True)
+        partials = 2 * 2 * 32 * (splits := 32) * 4
+        assert (twice.launches, twice.extra_bytes) == (2, large.nbytes + partials)
+        assert (twice.programs, twice.form) == (splits * 4, "two passes")
+        assert backend.works["rms_norm_silu"](large, weight, None, None, None, None, True).launches == 1
+        assert backend.works["rms_norm_silu"](large, weight, None, None, None, None, True).extra_bytes == 0
+
+
+def test_an_op_costs_one_launch_unless_it_says_more(monkeypatch):
+    def keep(name: str, work=None) -> backend.Work:
+        nothing = SimpleNamespace(define=lambda *_: None, impl=lambda *_: None)
+        monkeypatch.setattr(backend, "_library", nothing)
+        monkeypatch.setattr(torch.library, "register_fake", lambda *_, **__: None)
+        monkeypatch.setattr(backend, "works", {})
+        backend.register(f"{name}(Tensor x) -> Tensor", *(lambda x: x,) * 3, work=work)
+        return backend.works[name](torch.empty(1))
+
+    assert keep("plain") == backend.Work(1, 0, 0)
+    assert keep("counted", lambda x: backend.Work(2, len(x), 5)) == backend.Work(2, 1, 5)

@@ -1,0 +1,64 @@
+"""Which path every layer takes, found by walking the network without data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.kernels import backend
+
+# Called with a layer's name, the layer, and the positional and keyword arguments of its forward.
+Visit = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """Which code a layer takes, for `Sampler.explain()`."""
+
+    layer: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A fused network without weights, and what one step of it reads; all on the meta device.
+
+    Attributes:
+        network: the fused network.
+        example: x, timesteps, labels and condition, as a reference network's `example` gives them.
+    """
+
+    network: Any
+    example: tuple[Tensor, Any, Tensor | None, Tensor | None]
+
+    def walk(self, device: torch.device, visit: Visit) -> None:
+        """Call `visit` for every layer that can describe itself, in order of execution, as planned for `device`."""
+        x, _, labels, condition = self.example
+        time = self.network.time
+        row = torch.empty(1, time.columns, device="meta")
+        classes = None if labels is None else torch.empty(len(x), time.embedding_dim, device="meta")
+        planned = backend.assume(backend.target(device)) if backend.uses_triton(device) else contextlib.nullcontext()
+        with planned, torch.no_grad(), contextlib.ExitStack() as hooks:
+            for name, module in self.network.named_modules():
+                if hasattr(module, "describe") and module is not time:
+                    hook = module.register_forward_pre_hook(_visitor(name, visit), with_kwargs=True)
+                    hooks.callback(hook.remove)
+            self.network(x, row, classes, condition)
+
+    def explain(self, device: torch.device) -> list[LayerPath]:
+        """What every layer says of the input that reaches it."""
+        paths = [LayerPath("time path", self.network.time.describe())]
+        self.walk(device, lambda name, layer, inputs, _: paths.append(LayerPath(name, layer.describe(*inputs))))
+        return paths
+
+
+def _visitor(name: str, visit: Visit) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        visit(name, module, inputs, options)
+
+    return hook

@@ -1,0 +1,135 @@
+"""`ddpm tune` in Triton's interpreter, with a fake clock: what is measured, what is kept, who follows it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import ddpm.tune
+from ddpm.cli import main, report_line
+from ddpm.fused import FusedUNet
+from ddpm.kernels import backend, tuning
+from ddpm.unet import UNet, UNetConfig
+from tests.weights import redraw
+
+CPU = torch.device("cpu")
+TINY = {
+    "block_out_channels": (16,),
+    "down_attention": (True,),
+    "up_attention": (False,),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "mid_norm_num_groups": 8,
+}
+
+
+@pytest.fixture
+def network() -> FusedUNet:
+    torch.manual_seed(0)
+    return FusedUNet(redraw(UNet(UNetConfig(**TINY))).eval().requires_grad_(False))
+
+
+@pytest.fixture
+def plans_file(tmp_path, monkeypatch):
+    """The file that plans are read from, not there yet."""
+    path = tmp_path / "plans" / "gpu.json"
+    monkeypatch.setattr(tuning, "default_path", lambda gpu: path)
+    monkeypatch.delenv("DDPM_PLANS", raising=False)
+    tuning.forget()
+    yield path
+    tuning.forget()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Two candidates a shape, the second one the faster by a fake clock; names of what was timed."""
+
+    def two(shape, target, splittable=True):
+        slow = tuning.plan(shape, target, form="fused")
+        return [slow, tuning.ConvPlan("apply" if shape.norm else "fused", 16, 32, 16, 1, 2, 2)]
+
+    def seconds(calls, device):
+        timed.append(calls[0][0])
+        (plan,) = tuning._overrides.values()
+        return len(calls) * (1e-6 if plan.block_m == 16 and plan.num_stages == 2 else 2e-6)
+
+    timed = []
+    monkeypatch.setattr(tuning, "candidates", two)
+    monkeypatch.setattr(ddpm.tune, "_seconds", seconds)
+    monkeypatch.setattr(ddpm.tune, "MOST_COPIES", 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**20))
+    return timed
+
+
+@pytest.mark.interpret
+def test_the_fastest_plan_is_kept_and_followed(network, plans_file, measured):
+    x, row = torch.randn(1, 3, 4, 4), network.time.table(torch.tensor([7]))
+    before = network(x, row)
+    target = backend.target(CPU)
+    results = ddpm.tune.tune(network, 1, 4, 4, CPU)
+    assert set(results) == set(ddpm.tune.layers(network, 1, 4, 4, CPU))
+    assert len(measured) == 2 * len(results)
+    for timings in results.values():
+        assert [t.failure for t in timings] == [None, None]
+        assert [t.microseconds for t in timings] == pytest.approx([1.0, 2.0])
+    assert not tuning._overrides
+
+    ddpm.tune.save(plans_file, target.name, {shape: timings[0].plan for shape, timings in results.items()})
+    for shape in results:
+        plan = tuning.plan(shape, target)
+        assert plan.source == str(plans_file)
+        assert (plan.block_m, plan.num_stages) == (16, 2)
+    lines = network.explain(CPU, 1, 4, 4)
+    convolutions = [line.path for line in lines if "Triton kernel conv " in line.path]
+    assert len(convolutions) == 16
+    assert [path for path in convolutions if str(plans_file) not in path] == []
+    after = network(x, row)
+    assert (after - before).abs().max() <= 5e-5 * before.square().mean().sqrt()
+
+
+@pytest.mark.interpret
+def test_a_candidate_that_fails_or_is_wrong_is_reported_and_not_taken(network, measured, monkeypatch):
+    original = ddpm.tune.Convolution.forward
+
+    def forward(self, x, **options):
+        plan = next(iter(tuning._overrides.values()), None)
+        if plan is not None and plan.num_stages == 2:  # what would be the fastest
+            if self.kernel == 1:
+                raise RuntimeError("no such instruction")
+            y = original(self, x, **options)
+            return y._replace(parts=tuple(part + 1 for part in y.parts))
+        return original(self, x, **options)
+
+    monkeypatch.setattr(ddpm.tune.Convolution, "forward", forward)
+    for shape, timings in ddpm.tune.tune(network, 1, 4, 4, CPU).items():
+        assert timings[0].failure is None
+        expected = "RuntimeError: no such instruction" if shape.kernel == 1 else "its result is off by"
+        assert expected in timings[1].failure
+        assert "1 of 2 candidates failed" in report_line(shape.key, timings)
+
+
+def test_files_keep_the_plans_of_other_shapes_and_of_one_gpu(plans_file):
+    shapes = [tuning.ConvShape(n, 8, 8, 16, 16, 3, 0, True, torch.float16) for n in (1, 2)]
+    plan = tuning.ConvPlan("fused", 64, 32, 16, 1, 4, 3)
+    for shape in shapes:
+        ddpm.tune.save(plans_file, "GPU A", {shape: plan})
+    content = json.loads(plans_file.read_text())
+    assert set(content["plans"]) == {shape.key for shape in shapes}
+    assert content["gpu"] == "GPU A"
+    assert content["versions"]["torch"] is not None
+    assert "commit" in content
+    with pytest.raises(ValueError, match="plans for GPU A, and this is GPU B; pass another --out"):
+        ddpm.tune.save(plans_file, "GPU B", {shapes[0]: plan})
+
+
+def test_without_a_gpu_it_says_so():
+    result = CliRunner().invoke(main, ["tune", "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "tune measures on a GPU, and this sampler is on cpu" in result.output
+    result = CliRunner().invoke(main, ["tune", "--device", "cpu", "--batch", "0"])
+    assert result.exit_code == 2
+    assert "expected positive integers" in result.output
