@@ -420,8 +420,10 @@ def launch(
         group_width, in_slots = all_channels // groups, statistics.shape[1]
         skip_slots = 0 if skip_statistics is None else skip_statistics.shape[1]
         lanes, padded_groups = _norm_lanes(channels, all_channels, group_width, c.plan.block_k)
-    # With a norm the compiler would spill some registers to fit one more program, which small layers do not have.
-    limit = {"maxnreg": 255} if norm and backend.target(x.device).capability >= (8, 0) else {}
+    # The compiler would spill a few registers to fit one more program, which small layers do not have; on Blackwell it
+    # would in the large tiles too.
+    is_generous = norm or tuning.is_scalar(weight.dtype) or backend.target(x.device).capability >= (10, 0)
+    limit = backend.most_registers(x.device, 255) if is_generous else {}
     if y.numel() > 0:
         with backend.on_device(x):
             _conv_kernel[(c.tiles, splits)](

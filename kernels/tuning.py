@@ -51,7 +51,7 @@ def is_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _is_scalar(dtype: torch.dtype) -> bool:
+def is_scalar(dtype: torch.dtype) -> bool:
     """Whether products are made without tensor cores."""
     return dtype == torch.float32 and not is_tf32(dtype)
 
@@ -170,7 +170,7 @@ def _cuts(shape: ConvShape, target: backend.Target, splittable: bool) -> Iterato
     """Plans of one launch."""
     pixels = shape.n * shape.height * shape.width
     largest_m = min(128, max(16, backend.next_power_of_2(shape.height * shape.width if shape.norm else pixels)))
-    scalar = _is_scalar(shape.dtype)
+    scalar = is_scalar(shape.dtype)
     least_n = 4 if scalar else 16
     largest_n = min(128, max(least_n, backend.next_power_of_2(shape.c_out)))
     # Without tensor cores a thread holds its rows and columns of a whole step in registers.
@@ -206,7 +206,7 @@ def _warps(block_m: int, block_n: int, norm: bool, scalar: bool) -> int:
 
 def _macs(dtype: torch.dtype, plan: ConvPlan) -> float:
     """Products a clock."""
-    if _is_scalar(dtype):
+    if is_scalar(dtype):
         # A thread holds side x side sums, and takes 2 side numbers from shared memory, at 32 a clock, to add to each.
         side = math.sqrt(plan.block_m * plan.block_n / (32 * plan.num_warps))
         return 1 / (1 / _SCALAR_MACS + 2 / side / 32)
