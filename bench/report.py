@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ddpm.files import write_whole
 
 COLUMNS = (
     "checkpoint",
@@ -87,15 +87,7 @@ def plain_table(columns: Sequence[str], left: Sequence[str], rows: list[list[str
 
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Written whole or not at all: to a temporary name beside it, then renamed."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, lambda file: file.write(text.encode()))
     return path
