@@ -474,6 +474,7 @@ def tune(checkpoint: str | None, batch: str, out: Path | None, **load_options: A
 
     from ddpm.fused import FusedLucidrains, FusedUNet
     from ddpm.kernels import backend, tuning
+    from ddpm.loop import network_settings
     from ddpm.tune import save
     from ddpm.tune import tune as measure
 
@@ -487,19 +488,21 @@ def tune(checkpoint: str | None, batch: str, out: Path | None, **load_options: A
     path = out or tuning.plans_path(gpu) or tuning.default_path(gpu)
     network = sampler.network
     assert isinstance(network, (FusedUNet, FusedLucidrains))  # what a checkpoint is loaded as
+    tf32 = sampler.dtype == "tf32"
     for size in batches:
         results = measure(
             network,
             size,
             *sampler.checkpoint.sample_size,
             sampler.device,
-            tf32=sampler.dtype == "tf32",
+            tf32=tf32,
             progress=partial(tqdm, desc=f"batch {size}", unit="layer"),
         )
         best = {shape: timings[0].plan for shape, timings in results.items() if timings[0].failure is None}
-        save(path, gpu, best)
-        for shape, timings in results.items():
-            click.echo(report_line(shape.key, timings))
+        with network_settings(sampler.device, tf32):  # keys say which float32 was measured
+            save(path, gpu, best)
+            for shape, timings in results.items():
+                click.echo(report_line(shape.key, timings))
     click.echo(f"{path}")
 
 

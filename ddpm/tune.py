@@ -183,6 +183,8 @@ def tensor_bytes(value: Any) -> int:
 def save(path: Path, gpu: str, best: dict[tuning.ConvShape, tuning.ConvPlan]) -> Path:
     """Write plans for `gpu`, beside those that the file has of other shapes; whole or not at all.
 
+    A shape's key says what float32 means: called under the `network_settings` that they were measured with.
+
     Raises:
         ValueError: the file there is none of plans, or of another GPU's.
     """

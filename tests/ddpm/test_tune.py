@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import ddpm.cli
 import ddpm.tune
 from ddpm.cli import main, report_line
 from ddpm.fused import FusedUNet
@@ -124,6 +126,24 @@ def test_files_keep_the_plans_of_other_shapes_and_of_one_gpu(plans_file):
     assert "commit" in content
     with pytest.raises(ValueError, match="plans for GPU A, and this is GPU B; pass another --out"):
         ddpm.tune.save(plans_file, "GPU B", {shapes[0]: plan})
+
+
+def test_the_command_keeps_tf32_plans_under_their_own_key(plans_file, monkeypatch):
+    shape = tuning.ConvShape(1, 8, 8, 16, 16, 3, 0, True, torch.float32)
+    best = ddpm.tune.Timing(tuning.ConvPlan("fused", 64, 32, 16, 1, 4, 3), 1.0)
+    sampler = SimpleNamespace(
+        device=torch.device("cuda:0"),
+        dtype="tf32",
+        network=FusedUNet(UNet(UNetConfig(**TINY))),
+        checkpoint=SimpleNamespace(sample_size=(8, 8)),
+    )
+    monkeypatch.setattr(ddpm.cli, "_load", lambda *_, **__: sampler)
+    monkeypatch.setattr(ddpm.tune, "tune", lambda *_, **__: {shape: [best]})
+    monkeypatch.setattr(backend, "target", lambda device: backend.H100)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    result = CliRunner().invoke(main, ["tune"])
+    assert result.exit_code == 0, result.output
+    assert list(json.loads(plans_file.read_text())["plans"]) == ["1x8x8 16->16 3x3 tf32 norm"]
 
 
 def test_without_a_gpu_it_says_so():
