@@ -82,7 +82,7 @@ def plan(n: int, channels: tuple[int, ...], width: int, pixels: int, sms: int) -
             break
         tiles *= 2
     lanes, padded_groups = norm_lanes(starts, width, block_c, sum(channels))
-    num_warps = max(1, min(4, block_p * block_c // 256))
+    num_warps = max(1, min(8, block_p * block_c // 256))
     return Plan(block_c, block_p, blocks, tiles, -(-tiles_per_image // tiles), lanes, padded_groups, num_warps)
 
 
@@ -166,11 +166,11 @@ def _kernel(
         if RESAMPLE == "down":
             source = 2 * (pixel // out_columns * columns + pixel % out_columns)
             at = (source.to(tl.int64) * stride)[:, None] + lane[None, :]
-            down = stride * columns
-            y = _activated(part_ptr, at, inside, mean, a, b, SILU)
-            y += _activated(part_ptr, at + stride, inside, mean, a, b, SILU)
-            y += _activated(part_ptr, at + down, inside, mean, a, b, SILU)
-            y += _activated(part_ptr, at + down + stride, inside, mean, a, b, SILU)
+            # A loop, lest the assembler keeps the loads of all four pixels in flight, and spills.
+            y = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+            for corner in range(4):
+                near = at + (corner % 2 + corner // 2 * columns) * stride
+                y += _activated(part_ptr, near, inside, mean, a, b, SILU)
             y = 0.25 * y
         else:
             y = _activated(part_ptr, (pixel.to(tl.int64) * stride)[:, None] + lane[None, :], inside, mean, a, b, SILU)
@@ -228,7 +228,7 @@ def _launch(
             VEC=math.gcd(16 // x.element_size(), channels, skip_channels, *strides),
             BLOCK_P=p.block_p, BLOCK_C=p.block_c, LANES=p.lanes, PADDED_GROUPS=p.padded_groups,
             SLOTS=backend.next_power_of_2(max(slots)), num_warps=p.num_warps, enable_fp_fusion=True,
-            **backend.most_registers(x.device, 168),
+            **backend.most_registers(x.device, 255),
         )  # fmt: skip
     return y
 
