@@ -43,7 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Time our sampler and diffusers' pipeline on one checkpoint, taking turns, and check that their "
         "images agree. `python -m bench gpu` instead runs the GPU tests and a fixed set of comparisons; `python -m "
-        "bench roofline` counts a step's launches, products and bytes without a GPU.",
+        "bench roofline` counts a step's launches, products and bytes without a GPU; `python -m bench cpu` compares "
+        "with compiled diffusers and OpenVINO on the CPU.",
     )
     parser.add_argument("checkpoint", nargs="?", help="a directory that diffusers saved, or a hub id; the demo")
     parser.add_argument("--batch", default="1,16", help="batch sizes (1,16)")
@@ -70,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from bench import roofline
 
             return roofline.main(arguments[1:])
+        if arguments[:1] == ["cpu"]:
+            from bench import cpu
+
+            return cpu.main(arguments[1:])
         return run(make_parser().parse_args(arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

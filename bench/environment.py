@@ -14,7 +14,7 @@ import torch
 from bench.gpu_state import GpuState
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "diffusers", "numpy", "safetensors", "nvidia-ml-py")
+PACKAGES = ("torch", "triton", "diffusers", "openvino", "numpy", "safetensors", "nvidia-ml-py")
 
 
 def describe_environment(device: torch.device, gpu: GpuState) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What takes part in a comparison: our sampler in several modes, and diffusers' pipeline."""
+"""What takes part in a comparison: our sampler in several modes, and diffusers' pipeline, as it comes and faster."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Setting:
         device, dtype: of the network; dtype is a key of ddpm.sampler.DTYPES.
         batch, steps: of a chain.
         rounds: chains that each variant runs while timed.
+        peers: whether compiled diffusers and OpenVINO take part.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +39,7 @@ class Setting:
     batch: int
     steps: int
     rounds: int
+    peers: bool = False
 
     @property
     def is_half(self) -> bool:
@@ -94,6 +97,48 @@ class Diffusers:
         return self._draw(numerics_generator()).float().cpu()
 
 
+class DiffusersCompiled(Diffusers):
+    """The pipeline with its network channels_last and compiled, its weights constants on the CPU."""
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.pipe.unet.to(memory_format=torch.channels_last)
+        self.pipe.unet.compile(fullgraph=True, dynamic=False)
+
+    def _draw(self, generator: torch.Generator | None) -> Tensor:
+        # As an option of torch.compile, freezing comes after the weights have become inputs of the graph.
+        with torch._inductor.config.patch(freezing=self.setting.device.type == "cpu"):
+            return super()._draw(generator)
+
+
+class DiffusersOpenVINO(Diffusers):
+    """The pipeline with its network run by OpenVINO on the CPU, in float32, on as many threads as torch has."""
+
+    def __init__(self, setting: Setting):
+        import openvino
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+
+        super().__init__(setting)
+        unet, checkpoint = self.pipe.unet, setting.checkpoint
+        x = torch.zeros(setting.batch, checkpoint.image_channels, *checkpoint.sample_size)
+        with warnings.catch_warnings():
+            # Its branches are those of this shape, which is the only one.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            model = openvino.convert_model(unet, example_input=(x, torch.tensor(0)), input=[list(x.shape), []])
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        network = openvino.Core().compile_model(model, "CPU", options)
+
+        def forward(sample: Tensor, timestep: Tensor) -> UNet2DOutput:
+            found = network([sample.contiguous().numpy(), timestep.numpy()], share_inputs=True)
+            return UNet2DOutput(sample=torch.from_numpy(found[0]))
+
+        unet.forward = forward
+
+
 def variants(setting: Setting, compiled: bool) -> dict[str, Callable[[], Any]]:
     """Makers by name; a maker raises where its variant cannot run here."""
     ours = "ours-graph" if setting.device.type == "cuda" else "ours-eager"
@@ -102,6 +147,10 @@ def variants(setting: Setting, compiled: bool) -> dict[str, Callable[[], Any]]:
     if compiled:
         makers[ours_compiled] = lambda: Ours(setting, True)
     makers["diffusers"] = lambda: Diffusers(setting)
+    if setting.peers and compiled:
+        makers["diffusers-compiled"] = lambda: DiffusersCompiled(setting)
+    if setting.peers and setting.device.type == "cpu":
+        makers["openvino"] = lambda: DiffusersOpenVINO(setting)
     return makers
 
 

@@ -26,7 +26,7 @@ from ddpm.conditioning import (
 )
 from ddpm.devices import DTYPES, available_memory, ordinary_modes, resolve_device, resolve_dtype
 from ddpm.fused import FusedNetwork, ModuleNetwork, fuse
-from ddpm.loop import ChainShape, Loop, check_compile, network_settings
+from ddpm.loop import ChainShape, Loop, check_compile, may_compile, network_settings
 from ddpm.noise import GeneratorNoise
 from ddpm.run import Batch, Callback, NonFiniteError, Progress, Run
 from ddpm.steps import step_table
@@ -391,7 +391,9 @@ class Sampler:
             f"reverse step: {step}; noise: Philox 4x32-10 per seed, or a torch.Generator through a buffer",
         ]
         with network_settings(self.device, self.dtype == "tf32"):  # plans depend on what float32 means
-            layers = self._network.explain(self.device, batch_size, *self.checkpoint.sample_size)
+            layers = self._network.explain(
+                self.device, batch_size, *self.checkpoint.sample_size, compiled=may_compile(self.compile, self.device)
+            )
         width = max(len(layer.layer) for layer in layers)
         return "\n".join(lines + [f"{layer.layer:<{width}}  {layer.path}" for layer in layers])
 

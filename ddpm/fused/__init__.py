@@ -48,10 +48,14 @@ class FusedNetwork(Protocol):
     """What the sampling loop needs of a network.
 
     Attributes:
+        is_frozen: its weights never change.
         time: makes the table of rows.
         condition_channels: channels of the conditioning image that the network sees beside x_t; 0 for none.
         self_condition: that image is the previous step's x_0.
     """
+
+    @property
+    def is_frozen(self) -> bool: ...
 
     @property
     def time(self) -> TimeTable: ...
@@ -66,7 +70,11 @@ class FusedNetwork(Protocol):
 
     def to(self, device: torch.device) -> FusedNetwork: ...
 
-    def explain(self, device: torch.device, batch: int, height: int, width: int) -> list[LayerPath]: ...
+    def allows_winograd(self, device: torch.device, batch: int, height: int, width: int) -> bool: ...
+
+    def explain(
+        self, device: torch.device, batch: int, height: int, width: int, *, compiled: bool = False
+    ) -> list[LayerPath]: ...
 
 
 def fuse(reference: UNet | LucidrainsUNet | ModuleNetwork, dtype: torch.dtype = torch.float32) -> FusedNetwork:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.fused import winograd
 from ddpm.fused.features import Features
 from ddpm.fused.layers import GroupNormSiLU, frozen
 from ddpm.kernels import backend, tuning
@@ -20,7 +21,8 @@ class Convolution(nn.Module):
     """y = (conv(resample(act(norm(x)))) + bias + row + residual, or + 1x1 convolution of the residual) / scale.
 
     On a GPU it is one launch of our kernel, or two where the plan has the norm in a pass of its own; where the plan
-    prefers the library's convolution, and on the CPU, it is plain PyTorch around that.
+    prefers the library's convolution, and on the CPU, it is plain PyTorch around that, or around Winograd's form of it
+    (see ddpm/fused/winograd.py).
 
     Args:
         weight: [C_out, C, k, k], float32.
@@ -97,9 +99,23 @@ class Convolution(nn.Module):
         )
 
     def form(self, x: Features) -> str:
-        """The plan's, see `tuning.ConvPlan`."""
+        """The plan's, see `tuning.ConvPlan`; "winograd" or "library" where no kernel of ours runs."""
         device = x.parts[0].device
-        return _planned_form(device, *self._shape(x)) if backend.uses_triton(device) else "library"
+        if backend.uses_triton(device):
+            return _planned_form(device, *self._shape(x))
+        return "winograd" if winograd.is_allowed() and self._takes_winograd(x) else "library"
+
+    def _takes_winograd(self, x: Features) -> bool:
+        if self.kernel != 3 or self.stride != 1 or self.padding != (1, 1) or self.dtype != torch.float32:
+            return False
+        n, height, width, c_in, c_out = self._shape(x)[:5]
+        return winograd.chooses_winograd(n, height, width, c_in, c_out)
+
+    def winograd_bytes(self, x: Features) -> int:
+        """Of the weights in Winograd's form, 0 in another form."""
+        if self.form(x) != "winograd":
+            return 0
+        return winograd.winograd_bytes(self.weight.shape[1], len(self.weight))
 
     def norm_is_fused(self, x: Features, form: str) -> bool:
         """Whether the norm is in the convolution's own launch."""
@@ -127,8 +143,10 @@ class Convolution(nn.Module):
             [N, C_out, H_out, W_out], perhaps with the row that is still to be added.
         """
         form = self.form(x)
-        if form == "library":
-            return self.library(x, row=row, scale=scale, shift=shift, residual=residual)
+        if form in ("library", "winograd"):
+            return self.library(
+                x, row=row, scale=scale, shift=shift, residual=residual, uses_winograd=form == "winograd"
+            )
         norm, parts = None, x.parts
         if self.norm is not None and self.norm_is_fused(x, form):
             norm = self.norm.arguments(x.statistics, scale, shift)
@@ -169,28 +187,46 @@ class Convolution(nn.Module):
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         residual: Features | None = None,
+        uses_winograd: bool = False,
     ) -> Features:
-        """Plain PyTorch around the library's convolution; the row is left to the norm that follows, if one does."""
+        """Plain PyTorch around the library's convolution, which leaves the row to the norm that follows, if one does.
+
+        With uses_winograd around that form of it, which adds the row.
+        """
         if self.norm is None:
             h = resample(x.tensor(), self.resample)
         else:
             h = self._normalized(x, scale, shift, self.resample)
         h = h.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if self.kernel == 1:
-            h = _linear(h, self.weight.flatten(1), self.bias)
+        skip = None if residual is None else self._skip(residual, h.shape[2])
+        if uses_winograd:
+            bias = self.bias if row is None else row if self.bias is None else self.bias + row
+            row = None
+            # A constant of the compiled step, as the weight is.
+            points = winograd.transform_weight(self.weight)
+            h = winograd.winograd_conv3x3(h, points, bias=bias, residual=skip)
         else:
-            before, after = self.padding
-            if before != after:
-                h = F.pad(h, (before, after, before, after))
-            h = F.conv2d(h, self.weight, self.bias, stride=self.stride, padding=before if before == after else 0)
-        if residual is not None:
-            skip = residual.tensor()
-            if self.shortcut_weight is not None:
-                skip = _linear(skip, self.shortcut_weight, None)
-            h = h + (skip if skip.shape == h.shape else resample(skip, "up"))
+            h = self._library_convolution(h)
+            if skip is not None:
+                h = h + skip
         if self.scale != 1:
             h = h / self.scale
         return Features((h.to(self.out_dtype),), (None,), row)
+
+    def _library_convolution(self, h: Tensor) -> Tensor:
+        if self.kernel == 1:
+            return _linear(h, self.weight.flatten(1), self.bias)
+        before, after = self.padding
+        if before != after:
+            h = F.pad(h, (before, after, before, after))
+        return F.conv2d(h, self.weight, self.bias, stride=self.stride, padding=before if before == after else 0)
+
+    def _skip(self, residual: Features, height: int) -> Tensor:
+        """What is added to the result of this height."""
+        skip = residual.tensor()
+        if self.shortcut_weight is not None:
+            skip = _linear(skip, self.shortcut_weight, None)
+        return skip if skip.shape[2] == height else resample(skip, "up")
 
     def describe(self, x: Features) -> str:
         """The form that these features give it, for `Sampler.explain()`."""
@@ -201,6 +237,8 @@ class Convolution(nn.Module):
         text += f", {str(self.dtype).removeprefix('torch.')}"
         text += " + 1x1 shortcut" if self.shortcut_weight is not None else ""
         form, device = self.form(x), x.parts[0].device
+        if form == "winograd":
+            return f"Winograd F(4x4, 3x3) {text}, transformed weights of {self.winograd_bytes(x) / 1e6:.1f} MB"
         if form == "library":
             library = "oneDNN" if not backend.is_gpu(device) else "cuDNN"
             return f"{library} convolution {text}"

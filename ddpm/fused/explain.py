@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm.fused import winograd
+from ddpm.fused.convolution import Convolution
 from ddpm.kernels import backend
 
 # Called with a layer's name, the layer, and the positional and keyword arguments of its forward.
@@ -50,11 +52,30 @@ class Skeleton:
                     hooks.callback(hook.remove)
             self.network(x, row, classes, condition)
 
-    def explain(self, device: torch.device) -> list[LayerPath]:
-        """What every layer says of the input that reaches it."""
+    def explain(self, device: torch.device, *, compiled: bool = False) -> list[LayerPath]:
+        """What every layer says of the input that reaches it.
+
+        Args:
+            compiled: the step is compiled.
+        """
         paths = [LayerPath("time path", self.network.time.describe())]
-        self.walk(device, lambda name, layer, inputs, _: paths.append(LayerPath(name, layer.describe(*inputs))))
+        with winograd.allowed(compiled and self.allows_winograd(device)):
+            self.walk(device, lambda name, layer, inputs, _: paths.append(LayerPath(name, layer.describe(*inputs))))
         return paths
+
+    def allows_winograd(self, device: torch.device) -> bool:
+        """Whether its layers may take Winograd's form in a step compiled for `device`: on the CPU, if memory allows."""
+        if device.type != "cpu":
+            return False
+        sizes: list[int] = []
+
+        def visit(name: str, layer: nn.Module, inputs: tuple[Any, ...], _: dict[str, Any]) -> None:
+            if isinstance(layer, Convolution):
+                sizes.append(layer.winograd_bytes(*inputs))
+
+        with winograd.allowed():
+            self.walk(device, visit)
+        return winograd.fits(sum(sizes))
 
 
 def _visitor(name: str, visit: Visit) -> Callable[..., None]:

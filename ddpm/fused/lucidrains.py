@@ -144,6 +144,7 @@ class FusedLucidrains(nn.Module):
     def __init__(self, reference: LucidrainsUNet, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype = reference.config, dtype
+        self.is_frozen = True
         self.self_condition, self.condition_channels = reference.self_condition, reference.condition_channels
         self.time = TimePath(reference)
         self.init_conv = Convolution.of(reference.init_conv, dtype, statistics=False)
@@ -207,6 +208,12 @@ class FusedLucidrains(nn.Module):
             reference = LucidrainsUNet(self.config)
             return Skeleton(FusedLucidrains(reference, self.dtype), reference.example(batch, height, width))
 
-    def explain(self, device: torch.device, batch: int, height: int, width: int) -> list[LayerPath]:
+    def explain(
+        self, device: torch.device, batch: int, height: int, width: int, *, compiled: bool = False
+    ) -> list[LayerPath]:
         """Which path every layer takes on `device`, in order of execution."""
-        return self.skeleton(batch, height, width).explain(device)
+        return self.skeleton(batch, height, width).explain(device, compiled=compiled)
+
+    def allows_winograd(self, device: torch.device, batch: int, height: int, width: int) -> bool:
+        """Whether a step compiled for `device` may have its weights in Winograd's form."""
+        return self.skeleton(batch, height, width).allows_winograd(device)

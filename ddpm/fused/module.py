@@ -49,6 +49,7 @@ class ModuleNetwork(nn.Module):
         rescaled: whether the timesteps are rescaled (see `SamplingRules`), and so no integers.
     """
 
+    is_frozen = False
     condition_channels = 0
     conditional = False
     self_condition = False
@@ -114,7 +115,13 @@ class ModuleNetwork(nn.Module):
             )
         return out
 
-    def explain(self, device: torch.device, batch: int, height: int, width: int) -> list[LayerPath]:
+    def allows_winograd(self, *_: object) -> bool:
+        """It keeps its layers."""
+        return False
+
+    def explain(
+        self, device: torch.device, batch: int, height: int, width: int, *, compiled: bool = False
+    ) -> list[LayerPath]:
         """One line: nothing is known of its layers."""
         parameters = sum(p.numel() for p in self.network.parameters())
         dtype = str(self.dtype).removeprefix("torch.")

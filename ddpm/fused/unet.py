@@ -136,6 +136,8 @@ class FusedUNet(nn.Module):
         self.time.finish()
         self.eval()
 
+    is_frozen = True
+
     @property
     def condition_channels(self) -> int:
         """Channels of the conditioning image that is concatenated to x_t; 0 for none."""
@@ -210,6 +212,12 @@ class FusedUNet(nn.Module):
             reference = UNet(self.config)
             return Skeleton(FusedUNet(reference, self.dtype), reference.example(batch, height, width))
 
-    def explain(self, device: torch.device, batch: int, height: int, width: int) -> list[LayerPath]:
+    def explain(
+        self, device: torch.device, batch: int, height: int, width: int, *, compiled: bool = False
+    ) -> list[LayerPath]:
         """Which path every layer takes on `device`, in order of execution."""
-        return self.skeleton(batch, height, width).explain(device)
+        return self.skeleton(batch, height, width).explain(device, compiled=compiled)
+
+    def allows_winograd(self, device: torch.device, batch: int, height: int, width: int) -> bool:
+        """Whether a step compiled for `device` may have its weights in Winograd's form."""
+        return self.skeleton(batch, height, width).allows_winograd(device)

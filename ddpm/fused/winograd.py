@@ -17,7 +17,10 @@ the direct convolution, against 9.4 times (C = 256, SiLU of a normal input).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,34 @@ _A2, _B2 = _A * _A, _B * _B
 LEAST_PIXELS = 256
 # Narrower layers spend their time in the transforms.
 LEAST_CHANNELS = 32
+# Of the machine's memory, for the transformed weights of one compiled step: a sampler keeps several.
+MEMORY_SHARE = 1 / 16
+ASSUMED_MEMORY = 8 << 30  # bytes, where the system does not say
+
+_allowed: ContextVar[bool] = ContextVar("allowed", default=False)
+
+
+@contextlib.contextmanager
+def allowed(choice: bool = True) -> Iterator[None]:
+    """Whether layers may take this form: for whoever has torch.compile make constants of the weights."""
+    token = _allowed.set(choice)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def is_allowed() -> bool:
+    """Whether layers may take this form; decided once, when they are traced."""
+    return _allowed.get()
+
+
+def fits(size: int) -> bool:
+    """Whether the transformed weights of a network, `size` bytes, are no more than MEMORY_SHARE of the memory."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return size <= MEMORY_SHARE * ASSUMED_MEMORY
+    return size <= MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def chooses_winograd(n: int, height: int, width: int, c_in: int, c_out: int) -> bool:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import ddpm
+from ddpm.fused import Convolution, FusedNetwork, fuse, winograd
+from ddpm.fused.features import Features
 from ddpm.fused.winograd import chooses_winograd, transform_weight, winograd_bytes, winograd_conv3x3
+from ddpm.unet import UNet, UNetConfig
+from tests.helpers import save_tiny
 
 # Of the direct convolution's error in float32, the largest against the largest. Lavin and Gray's points take 30.
 TIMES_THE_DIRECT_ERROR = 12.0
@@ -131,3 +138,131 @@ def test_bytes() -> None:
     points = transform_weight(kernel(24, 10))
     assert points.dtype == torch.float32
     assert winograd_bytes(10, 24) == points.numel() * points.element_size() == 4 * kernel(24, 10).numel() * 4
+
+
+# In a network: 32 channels at 16 x 16 take the form, and the level below is too small for one image.
+WIDE = {"sample_size": 16, "block_out_channels": (32, 64), "norm_num_groups": 8}
+
+
+def wide_network() -> FusedNetwork:
+    plain = {"down_attention": (False, False), "up_attention": (False, False), "mid_norm_num_groups": 8}
+    return fuse(UNet(UNetConfig(**WIDE | plain | {"sample_size": (16, 16)})))
+
+
+def features(*channels: int, row: int | None = None) -> Features:
+    parts = tuple(image(2, c, 16, 16) for c in channels)
+    return Features(parts, (None,) * len(parts), None if row is None else make(row, sum(channels), seed=5))
+
+
+@pytest.mark.parametrize(
+    ("channels", "options", "arguments"),
+    [
+        ((32,), {}, {}),
+        ((32, 32), {"norm": True, "activation": "silu"}, {}),
+        ((64,), {"norm": True, "activation": "silu"}, {"scale": (2, 64), "shift": (2, 64)}),
+        ((32,), {"resample": "up"}, {}),
+        ((32,), {"norm": True, "activation": "gelu"}, {"row": (1, 48)}),
+        ((32,), {"bias": False}, {"row": (2, 48)}),
+        ((32,), {"scale": 2**0.5}, {"residual": 48}),
+        ((32,), {"shortcut": 40}, {"residual": 40}),
+        ((32,), {"resample": "up", "shortcut": 40}, {"residual": 40}),
+    ],
+)
+def test_a_layer_gives_the_same_in_this_form(
+    channels: tuple[int, ...], options: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    c_in = sum(channels)
+    norm = nn.GroupNorm(8, c_in) if options.pop("norm", False) else None
+    shortcut = nn.Conv2d(options["shortcut"], 48, 1) if "shortcut" in options else None
+    bias = make(48, seed=3) if options.pop("bias", True) else None
+    layer = Convolution(kernel(48, c_in), bias, torch.float32, norm=norm, **options | {"shortcut": shortcut})
+    given = {name: make(*shape, seed=4) for name, shape in arguments.items() if name != "residual"}
+    residual = features(arguments["residual"]) if "residual" in arguments else None
+    x = features(*channels)
+    plain = layer(x, **given, residual=residual)
+    with winograd.allowed():
+        assert layer.form(x) == "winograd"
+        found = layer(x, **given, residual=residual)
+    assert layer.form(x) == "library"
+    expected = plain.tensor() if plain.row is None else plain.tensor() + plain.row[:, :, None, None]
+    assert found.row is None
+    assert found.tensor().permute(0, 2, 3, 1).is_contiguous()
+    torch.testing.assert_close(found.tensor(), expected, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": (0, 1)}, {"dtype": torch.float16}, {"kernel": 1}])
+def test_a_layer_of_another_kind_does_not_take_it(options: dict[str, Any]) -> None:
+    weight = make(48, 32, 1, 1) if options.pop("kernel", 3) == 1 else kernel(48, 32)
+    layer = Convolution(weight, None, options.pop("dtype", torch.float32), **options)
+    with winograd.allowed():
+        assert layer.form(features(32)) == "library"
+        assert layer.winograd_bytes(features(32)) == 0
+
+
+@needs_compiler
+def test_a_compiled_sampler_takes_it_and_draws_the_same_images(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path, WIDE)
+    plain, fast = (ddpm.load(path, device="cpu", compile=choice) for choice in (False, True))
+    forms = [line.split()[1] for line in fast.explain().splitlines()[3:] if "3x3" in line]
+    assert 0 < forms.count("Winograd") < len(forms)
+    assert "Winograd" not in plain.explain()
+
+    def draw(sampler: ddpm.Sampler) -> Tensor:
+        return sampler.sample(1, seeds=[3], steps=4, progress=False)
+
+    images = draw(fast)
+    assert 0 < (images - draw(plain)).abs().max() <= 1e-5  # equal would mean that it was not taken
+    # The transformed weights are constants of the compiled step, not made anew in every step.
+    for parameter in fast._network.parameters():
+        if parameter.shape[2:] == (3, 3) and min(parameter.shape[:2]) >= 32:
+            parameter.data.zero_()
+    assert torch.equal(draw(fast), images)
+
+
+@needs_compiler
+def test_weights_of_a_module_of_ones_own_stay_live() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.conv(x)
+
+    network = Own().eval()
+    betas = torch.linspace(1e-4, 0.02, 10)
+
+    def draw() -> Tensor:
+        return sampler.sample(1, seeds=[3], steps=4, progress=False)
+
+    sampler = ddpm.Sampler.from_module(network, betas, (3, 8, 8), compile=True)
+    draw()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(-parameter)
+    expected = ddpm.Sampler.from_module(network, betas, (3, 8, 8)).sample(1, seeds=[3], steps=4, progress=False)
+    torch.testing.assert_close(draw(), expected, rtol=0, atol=1e-5)
+
+
+def test_it_is_left_where_its_weights_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = wide_network()
+    cpu = torch.device("cpu")
+    lines = [path.path for path in network.explain(cpu, 1, 16, 16, compiled=True)]
+    used = [float(line.split()[-2]) for line in lines if line.startswith("Winograd")]
+    assert used
+    assert network.allows_winograd(cpu, 1, 16, 16)
+    memory = sum(used) * 1e6 / winograd.MEMORY_SHARE
+
+    def of_a_machine(size: float) -> Any:
+        return lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(size / 4096)}[name]
+
+    monkeypatch.setattr("os.sysconf", of_a_machine(2 * memory))
+    assert network.allows_winograd(cpu, 1, 16, 16)
+    monkeypatch.setattr("os.sysconf", of_a_machine(0.5 * memory))
+    assert not network.allows_winograd(cpu, 1, 16, 16)
+    assert not any(path.path.startswith("Winograd") for path in network.explain(cpu, 1, 16, 16, compiled=True))
+
+
+def test_it_is_for_the_cpu() -> None:
+    network = wide_network()
+    assert not network.allows_winograd(torch.device("cuda"), 1, 16, 16)
