@@ -304,7 +304,9 @@ def _conv_kernel(
         if tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == parts - 1:
             tl.store(counters_ptr + tile, 0)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for i in tl.range(0, parts, loop_unroll_factor=4):  # four loads under way at a time
+            # Several loads under way at a time, which the largest tiles have in one part already.
+            UNROLL: tl.constexpr = 4 if BLOCK_M * BLOCK_N < 128 * 128 else 1
+            for i in tl.range(0, parts, loop_unroll_factor=UNROLL):
                 acc += tl.load(at + i * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
             _finish(
                 acc, y_ptr, bias_ptr, row_ptr, residual_ptr, y_stats_ptr, n0, first, image, inside_m, pixel, row,
