@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -22,6 +23,7 @@ from bench.architectures import Architecture
 from bench.networks import unet_settings
 from ddpm.devices import DTYPES
 from ddpm.fused import FusedNetwork, fuse
+from ddpm.fused.attention import attention_backend
 from ddpm.kernels import backend
 from ddpm.loop import ChainShape, Loop, StepBuffers, deterministic_convolutions, float32_precision, step
 from ddpm.lucidrains import LucidrainsConfig
@@ -195,7 +197,7 @@ def _as_cudnn_lays_it(result: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On a GPU attention is one kernel; on the meta device torch would take its path of plain matrix products."""
+    """On a GPU the kernel that attention is pinned to; on the meta device torch would take plain matrix products."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -203,9 +205,11 @@ class _FusedAttention(TorchFunctionMode):
         names = ("query", "key", "value")
         if func is F.scaled_dot_product_attention and plain and len(args) <= 3 and kwargs.get("attn_mask") is None:
             q, k, v = (*args, *(kwargs[name] for name in names[len(args) :]))
-            if q.dtype == torch.float32 or q.shape[-1] > 256:  # more than flash attention takes
+            kernel = attention_backend(q.shape[-1], q.dtype, q.device)
+            if kernel == SDPBackend.EFFICIENT_ATTENTION:
                 return aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
-            return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+            if kernel == SDPBackend.FLASH_ATTENTION:
+                return aten._scaled_dot_product_flash_attention(q, k, v)[0]
         return func(*args, **kwargs)
 
 

@@ -382,12 +382,13 @@ class Animation:
 @main.command()
 @checkpoint_options
 @click.option("--explain", is_flag=True, help="Also print, layer by layer, which code runs.")
-def info(checkpoint: str | None, explain: bool, **load_options: Any) -> None:
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Images per pass, for --explain.")
+def info(checkpoint: str | None, explain: bool, batch: int, **load_options: Any) -> None:
     """Say what CHECKPOINT is: architecture, schedule, sampling rules, and where each of them was found."""
     sampler = _load(checkpoint, **load_options)
     click.echo(describe(sampler))
     if explain:
-        click.echo("\n" + sampler.explain())
+        click.echo("\n" + sampler.explain(batch))
 
 
 def describe(sampler: Sampler) -> str:
@@ -468,7 +469,7 @@ def convert(source: str, directory: Path, options: tuple[str, ...], **family_opt
 def tune(checkpoint: str | None, batch: str, out: Path | None, **load_options: Any) -> None:
     """Measure on this GPU how each convolution of CHECKPOINT runs fastest, and keep the plans for later runs.
 
-    `ddpm info --explain` shows which layers follow a file.
+    An interrupted run keeps the plans that it finished. `ddpm info --explain` shows which layers follow a file.
     """
     from tqdm import tqdm
 
@@ -489,21 +490,26 @@ def tune(checkpoint: str | None, batch: str, out: Path | None, **load_options: A
     network = sampler.network
     assert isinstance(network, (FusedUNet, FusedLucidrains))  # what a checkpoint is loaded as
     tf32 = sampler.dtype == "tf32"
-    for size in batches:
-        results = measure(
-            network,
-            size,
-            *sampler.checkpoint.sample_size,
-            sampler.device,
-            tf32=tf32,
-            progress=partial(tqdm, desc=f"batch {size}", unit="layer"),
-        )
-        best = {shape: timings[0].plan for shape, timings in results.items() if timings[0].failure is None}
-        with network_settings(sampler.device, tf32):  # keys say which float32 was measured
-            save(path, gpu, best)
-            for shape, timings in results.items():
-                click.echo(report_line(shape.key, timings))
-    click.echo(f"{path}")
+    save(path, gpu, {})  # a path that cannot be written is better known before measuring
+    try:
+        for size in batches:
+            results = measure(
+                network,
+                size,
+                *sampler.checkpoint.sample_size,
+                sampler.device,
+                tf32=tf32,
+                progress=partial(tqdm, desc=f"batch {size}", unit="layer"),
+            )
+            for shape, timings in results:
+                with network_settings(sampler.device, tf32):  # keys say which float32 was measured
+                    if timings[0].failure is None:
+                        save(path, gpu, {shape: timings[0].plan})
+                    tqdm.write(report_line(shape.key, timings))
+    finally:  # each shape is saved as it is finished, so an interrupted run has a file too
+        read = tuning.plans_path(gpu)
+        is_read = read is not None and read.resolve() == path.resolve()
+        click.echo(f"{path}" if is_read else f"{path}; runs with DDPM_PLANS={path.resolve()} follow it")
 
 
 def report_line(key: str, timings: list[Any]) -> str:

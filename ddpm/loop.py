@@ -7,13 +7,16 @@ captured step reads no host value. On the CPU the same step runs compiled or eag
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 import types
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -149,6 +152,7 @@ class Loop:
         self.compilations = 0
         self.captures = 0
         self._step = self._compile() if compiled else step
+        self._is_traced = False
         self._freezes = compiled and device.type == "cpu" and network.is_frozen
         self._allows_winograd = self._freezes and network.allows_winograd(
             device, len(self.buffers.x) * (2 if shape.guided else 1), shape.height, shape.width
@@ -205,7 +209,15 @@ class Loop:
             yield
             return
         with torch._inductor.config.patch(freezing=True), winograd.allowed(self._allows_winograd):
+            if self._is_traced:
+                yield
+                return
+            from torch._inductor.codecache import PyCodeCache  # not above: it takes a while to import
+
+            before = len(PyCodeCache.modules)
             yield
+            self._is_traced = True
+            weakref.finalize(self, _drop_constants, PyCodeCache.modules[before:])
 
     def _settings(self) -> AbstractContextManager[None]:
         return network_settings(self.device, self.tf32)
@@ -339,6 +351,19 @@ class Loop:
             if buffer is not None:
                 assert values is not None
                 _fill(buffer, values)
+
+
+def _drop_constants(modules: list[ModuleType]) -> None:
+    """Let go of the weights in the generated modules of a step that is gone: Inductor would keep them for good."""
+    from torch._inductor.codecache import PyCodeCache
+
+    for module in modules:
+        for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
+            delattr(module, name)
+        if module in PyCodeCache.modules:
+            PyCodeCache.modules.remove(module)
+        if sys.modules.get(module.__name__) is module:
+            del sys.modules[module.__name__]
 
 
 @contextmanager

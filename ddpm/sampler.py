@@ -379,15 +379,20 @@ class Sampler:
 
         Args:
             batch_size: images per pass, by which layers are planned.
+
+        Raises:
+            ValueError: batch_size is no positive integer.
         """
+        batch_size = positive_integer("batch_size", batch_size)
         from ddpm.kernels import backend
 
         triton = backend.uses_triton(self.device)
         step = "Triton kernel reverse_step" if triton else "reverse_step_ref (plain PyTorch)"
         graph = "captured in a CUDA graph, replayed once per step" if self.device.type == "cuda" else "run step by step"
+        auto = ": only runs that repay it; layers are given as compiled" if self.compile == "auto" else ""
         lines = [
             f"device: {self.device}, dtype: {self.dtype} (state and noise in float32)",
-            f"step: {graph}; compile={self.compile}",
+            f"step: {graph}; compile={self.compile}{auto}",
             f"reverse step: {step}; noise: Philox 4x32-10 per seed, or a torch.Generator through a buffer",
         ]
         with network_settings(self.device, self.dtype == "tf32"):  # plans depend on what float32 means

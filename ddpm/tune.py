@@ -6,10 +6,13 @@ weights and inputs not in the L2 cache, since a step reads each of them once.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -73,8 +76,8 @@ def tune(
     *,
     tf32: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> dict[tuning.ConvShape, list[Timing]]:
-    """Time every candidate of every shape.
+) -> Iterator[tuple[tuning.ConvShape, list[Timing]]]:
+    """Time every candidate of every shape; files of plans are not read.
 
     Args:
         network: fused, on the GPU `device`.
@@ -82,27 +85,32 @@ def tune(
         tf32: of float32 networks.
         progress: wraps the iteration over shapes, as tqdm does.
 
-    Returns:
-        For each shape its timings, the fastest first, failures last.
+    Yields:
+        Each shape as it is finished, and its timings: the fastest first, failures last.
     """
     target = backend.target(device)
-    results = {}
-    with network_settings(device, tf32), torch.no_grad():
-        for shape, layer in progress(layers(network, batch, height, width, device).items()):
-            module = network.get_submodule(layer.name)
-            assert isinstance(module, Convolution)  # as `layers` found it
+    with _measuring(device, tf32):
+        found = layers(network, batch, height, width, device)
+    for shape, layer in progress(found.items()):
+        module = network.get_submodule(layer.name)
+        assert isinstance(module, Convolution)  # as `layers` found it
+        with _measuring(device, tf32):  # not around the yield: the caller's settings are the caller's
             timings = [_time(module, layer, shape, plan, device) for plan in tuning.candidates(shape, target)]
-            results[shape] = sorted(timings, key=lambda timing: timing.microseconds)
-    return results
+        yield shape, sorted(timings, key=lambda timing: timing.microseconds)
+
+
+@contextmanager
+def _measuring(device: torch.device, tf32: bool) -> Iterator[None]:
+    with network_settings(device, tf32), torch.no_grad(), tuning.without_files():
+        yield
 
 
 def _time(
     module: Convolution, layer: Layer, shape: tuning.ConvShape, plan: tuning.ConvPlan, device: torch.device
 ) -> Timing:
-    one = materialize((layer.inputs, layer.options), device)
     with tuning.override({shape: plan}):
         try:
-            (inputs, options) = one
+            one = inputs, options = materialize((layer.inputs, layer.options), device)
             result = module(inputs, **options)
             if failure := _wrong(module, result, inputs, options):
                 return Timing(plan, math.inf, failure)
@@ -180,26 +188,46 @@ def tensor_bytes(value: Any) -> int:
     return sum(tensor_bytes(v) for v in values)
 
 
-def save(path: Path, gpu: str, best: dict[tuning.ConvShape, tuning.ConvPlan]) -> Path:
+def save(path: Path, gpu: str, best: dict[tuning.ConvShape, tuning.ConvPlan]) -> None:
     """Write plans for `gpu`, beside those that the file has of other shapes; whole or not at all.
 
-    A shape's key says what float32 means: called under the `network_settings` that they were measured with.
+    What is there and cannot be used, being damaged or of another schema, is renamed, with a warning. A shape's key says
+    what float32 means: called under the `network_settings` that they were measured with.
 
     Raises:
-        ValueError: the file there is none of plans, or of another GPU's.
+        ValueError: the file there is of another GPU's plans, or cannot be read or written.
     """
-    plans = {}
-    if path.exists():
-        owner, known = tuning.load_plans(path)
-        if owner != gpu:
-            raise ValueError(f"{path} has plans for {owner}, and this is {gpu}; pass another --out")
-        plans = {key: tuning.to_json(plan) for key, plan in known.items()}
-    plans |= {shape.key: tuning.to_json(plan) for shape, plan in best.items()}
-    content = {"schema": tuning.SCHEMA, "gpu": gpu, **provenance(), "plans": dict(sorted(plans.items()))}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    measured = provenance()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plans = _kept(path, gpu)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror or error}); pass another --out") from error
+    plans |= {shape.key: tuning.to_json(plan) | {"measured": measured} for shape, plan in best.items()}
+    content = {"schema": tuning.SCHEMA, "gpu": gpu, "plans": dict(sorted(plans.items()))}
     write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
     tuning.forget()
-    return path
+
+
+def _kept(path: Path, gpu: str) -> dict[str, Any]:
+    """The plans at `path` as the file holds them, each with what it was measured with."""
+    if not path.exists():
+        return {}
+    tuning.forget()  # what was read of it before: it may have changed since
+    try:
+        owner, _ = tuning.load_plans(path)
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # a directory, or not ours to read: nobody knows what would be moved
+        names = (path.with_name(f"{path.name}.old{number or ''}") for number in itertools.count())
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        warnings.warn(f"{path} is damaged or of another schema: it is kept as {aside}, a new one starts", stacklevel=3)
+        return {}
+    if owner != gpu:
+        raise ValueError(f"{path} has plans for {owner}, and this is {gpu}; pass another --out")
+    plans: dict[str, Any] = json.loads(path.read_text())["plans"]
+    return plans
 
 
 def provenance() -> dict[str, Any]:

@@ -90,7 +90,7 @@ def is_gpu(device: torch.device) -> bool:
 def uses_triton(device: torch.device) -> bool:
     """Whether tensors on `device` go to the Triton kernels (else to the `_ref`s)."""
     if device.type == "meta":
-        return is_gpu(device)
+        return HAVE_TRITON and is_gpu(device)
     return HAVE_TRITON and (INTERPRET or device.type == "cuda")
 
 

@@ -59,7 +59,7 @@ def check_norm(parts: Sequence[Tensor], norm: Norm) -> None:
         raise ValueError(f"an image must have at most {MAX_PIXELS} pixels; found {height} x {width}")
     if norm.groups < 1 or channels % norm.groups:
         raise ValueError(f"groups must divide the {channels} channels of the parts; found {norm.groups}")
-    for name, tensor in (("weight", norm.weight), ("bias", norm.bias)):
+    for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
         if tensor.shape != (channels,):
             raise ValueError(
                 f"{name} must have shape [{channels}], as the parts have channels; found {list(tensor.shape)}"

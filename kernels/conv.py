@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend, tuning
-from .channel_statistics import MAX_PIXELS, MAX_SLOTS, Norm, channel_statistics_ref, merged_slots, normalize_ref
+from .channel_statistics import (
+    MAX_PIXELS,
+    MAX_SLOTS,
+    Norm,
+    channel_statistics_ref,
+    check_norm,
+    merged_slots,
+    normalize_ref,
+)
 from .conv_kernel import Cut, cut, launch, output_size
 
 __all__ = ["conv", "conv_ref", "output_size"]
@@ -161,20 +169,9 @@ def _check(
     if counters is not None and counters.dtype != torch.int32:
         raise ValueError(f"counters must be int32; found {counters.dtype}")
     if norm_weight is not None:
-        if groups < 1 or channels % groups:
-            raise ValueError(f"groups must divide the {channels} channels of the parts; found {groups}")
-        if (scale is None) != (shift is None):
-            raise ValueError("scale and shift go together; give both or neither")
-        if (skip is None) != (skip_statistics is None):
-            raise ValueError("every part needs its own statistics, in the same order")
-        for name, tensor in (("norm.weight", norm_weight), ("norm.bias", norm_bias)):
-            _check_size(name, tensor, (channels,))
-        for name, tensor in (("scale", scale), ("shift", shift)):
-            _check_size(name, tensor, (n, channels), (1, channels))
-        for part, tensor in ((x, statistics), (skip, skip_statistics)):
-            if part is not None and tensor is not None:
-                slots = tensor.shape[1] if tensor.ndim == 4 and tensor.shape[1] <= MAX_SLOTS else f"1 to {MAX_SLOTS}"
-                _check_size("statistics", tensor, (n, slots, 2, part.shape[1]))
+        found = tuple(t for t in (statistics, skip_statistics) if t is not None)
+        norm = Norm(norm_weight, norm_bias, groups, eps, silu, found, scale, shift)
+        check_norm([x] if skip is None else [x, skip], norm)
     if backend.uses_triton(x.device):
         for name, d in (("weight", weight.dtype), ("dtype", dtype)):
             if d not in backend.IMAGE_DTYPES:

@@ -304,8 +304,8 @@ def _conv_kernel(
         if tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu") == parts - 1:
             tl.store(counters_ptr + tile, 0)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            # Several loads under way at a time, which the largest tiles have in one part already.
-            UNROLL: tl.constexpr = 4 if BLOCK_M * BLOCK_N < 128 * 128 else 1
+            # Several loads under way at a time, which large tiles have in one part already.
+            UNROLL: tl.constexpr = 4 if BLOCK_M * BLOCK_N <= 64 * 64 else 1
             for i in tl.range(0, parts, loop_unroll_factor=UNROLL):
                 acc += tl.load(at + i * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
             _finish(
@@ -422,9 +422,9 @@ def launch(
         group_width, in_slots = all_channels // groups, statistics.shape[1]
         skip_slots = 0 if skip_statistics is None else skip_statistics.shape[1]
         lanes, padded_groups = _norm_lanes(channels, all_channels, group_width, c.plan.block_k)
-    # The compiler would spill a few registers to fit one more program, which small layers do not have; on Blackwell it
-    # would in the large tiles too.
-    is_generous = norm or tuning.is_scalar(weight.dtype) or backend.target(x.device).capability >= (10, 0)
+    # The compiler would spill a few registers to fit one more program, which small layers do not have; on other
+    # GPUs than Hopper it would in the large tiles too.
+    is_generous = norm or splits > 1 or tuning.is_scalar(weight.dtype) or backend.target(x.device).capability[0] != 9
     limit = backend.most_registers(x.device, 255) if is_generous else {}
     if y.numel() > 0:
         with backend.on_device(x):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from . import backend
 from .channel_statistics import MAX_SLOTS
 
 COUNTERS = 1024  # tiles that a convolution which splits K may have
-SCHEMA = 1  # of files of plans
+SCHEMA = 2  # of files of plans
 FORMS = ("fused", "apply", "library")
 
 _SPLITS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 28, 32)  # their sum is the work of one program
@@ -257,11 +258,12 @@ def plan(shape: ConvShape, target: backend.Target, splittable: bool = True, form
     """
     found = _find(_overrides, shape, form) if _overrides else None
     if found is None:
-        return _plan(shape, target, splittable, form, is_tf32(shape.dtype))
+        return _plan(shape, target, splittable, form, is_tf32(shape.dtype), _reads_files)
     return found if splittable else replace(found, splits=1)
 
 
 _overrides: dict[ConvShape, ConvPlan] = {}
+_reads_files = True
 
 
 @contextlib.contextmanager
@@ -276,6 +278,17 @@ def override(plans: dict[ConvShape, ConvPlan]) -> Iterator[None]:
         _overrides.update(before)
 
 
+@contextlib.contextmanager
+def without_files() -> Iterator[None]:
+    """No file of plans is read: measurements replace it, whatever it is."""
+    global _reads_files
+    before, _reads_files = _reads_files, False
+    try:
+        yield
+    finally:
+        _reads_files = before
+
+
 def _find(plans: dict[ConvShape, ConvPlan] | _Measured, shape: ConvShape, form: str | None) -> ConvPlan | None:
     """What is known of a shape, and of this form; without a norm it may be the second half of one that has a norm."""
     found = plans.get(shape)
@@ -288,9 +301,11 @@ def _find(plans: dict[ConvShape, ConvPlan] | _Measured, shape: ConvShape, form: 
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(shape: ConvShape, target: backend.Target, splittable: bool, form: str | None, tf32: bool) -> ConvPlan:
+def _plan(
+    shape: ConvShape, target: backend.Target, splittable: bool, form: str | None, tf32: bool, reads_files: bool
+) -> ConvPlan:
     """`plan` without overrides; tf32 is torch's setting, which the shape's key and estimate ask for themselves."""
-    found = _find(_Measured(target), shape, form)
+    found = _find(_Measured(target), shape, form) if reads_files else None
     if found is not None:
         return found if splittable else replace(found, splits=1)
     least = min(100, target.sms, shape.macs // 64**3) if splittable else 0
@@ -325,6 +340,12 @@ def forget() -> None:
     """Read files of plans again."""
     _plan.cache_clear()
     load_plans.cache_clear()
+    _warn_once.cache_clear()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 class _Measured:
@@ -335,8 +356,12 @@ class _Measured:
 
     def get(self, shape: ConvShape) -> ConvPlan | None:
         gpu, plans = load_plans(self.path) if self.path is not None else ("", {})
+        if self.path is not None and gpu != self.target.name:
+            here = self.target.name
+            _warn_once(f"{self.path} has plans for {gpu}, and this is {here}: the rule plans instead; run `ddpm tune`")
+            return None
         found = plans.get(shape.key)
-        if found is None or gpu != self.target.name:
+        if found is None:
             return None
         cut = shape if found.form == "fused" else replace(shape, norm=False)
         where = f"{self.path}: the plan of {shape.key!r}"
@@ -352,7 +377,9 @@ class _Measured:
 
 @functools.lru_cache(maxsize=16)
 def load_plans(path: Path) -> tuple[str, dict[str, ConvPlan]]:
-    """(GPU, plans by `ConvShape.key`) of a file: {"schema": 1, "gpu": name, ..., "plans": {key: {"form": ..., ...}}}.
+    """(GPU, plans by `ConvShape.key`) of a file: {"schema": 2, "gpu": name, "plans": {key: {"form": ..., ...}}}.
+
+    A plan's "measured", which may be missing, says what it was measured with, for readers.
 
     Raises:
         ValueError: it is no such file.
@@ -360,19 +387,21 @@ def load_plans(path: Path) -> tuple[str, dict[str, ConvPlan]]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no file of plans: {error}") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ValueError(f"{path} must be a file of plans with schema {SCHEMA}; run `ddpm tune` again")
+        raise ValueError(f"{path} is no file of plans: {error}; run `ddpm tune`, which writes one") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        what = f"must be a file of plans with schema {SCHEMA}; found {schema!r}"
+        raise ValueError(f"{path} {what}; run `ddpm tune` again, which replaces it")
     gpu, plans = content.get("gpu"), content.get("plans")
     if not isinstance(gpu, str) or not isinstance(plans, dict):
-        raise ValueError(f"{path} must name its gpu and its plans")
+        raise ValueError(f"{path} must name its gpu and its plans; run `ddpm tune` again, which replaces it")
     return gpu, {key: _parse(path, key, entry) for key, entry in plans.items()}
 
 
 def _parse(path: Path, key: str, entry: Any) -> ConvPlan:
     where = f"{path}: the plan of {key!r}"
     names = [field.name for field in fields(ConvPlan) if field.name != "source"]
-    if not isinstance(entry, dict) or set(entry) != set(names):
+    if not isinstance(entry, dict) or set(entry) - {"measured"} != set(names):
         raise ValueError(f"{where} must have {', '.join(names)}; found {entry!r}")
     if entry["form"] not in FORMS:
         raise ValueError(f"{where}: form must be one of {', '.join(FORMS)}; found {entry['form']!r}")
@@ -383,7 +412,7 @@ def _parse(path: Path, key: str, entry: Any) -> ConvPlan:
         if type(value) is not int or value < least or (power and value & (value - 1)):
             what = "a power of two" if power else "a number"
             raise ValueError(f"{where}: {name} must be {what}, at least {least}; found {value!r}")
-    return ConvPlan(**entry, source=str(path))
+    return ConvPlan(**{name: entry[name] for name in names}, source=str(path))
 
 
 def to_json(plan: ConvPlan) -> dict[str, Any]:

@@ -45,12 +45,14 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
+from ddpm.fused.attention import attention_backend
 from ddpm.kernels import backend
 
 aten = torch.ops.aten
@@ -289,14 +291,16 @@ def _convolution_layout(result: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On a GPU attention is one kernel; without one, torch would take its path of plain matrix products."""
+    """On a GPU the kernel that attention is pinned to; without one, torch would take plain matrix products."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and _on_gpu(args[0]) and len(args) == 3 and not kwargs:
-            if args[0].dtype == torch.float32:
+            kernel = attention_backend(args[0].shape[-1], args[0].dtype, args[0].device)
+            if kernel == SDPBackend.EFFICIENT_ATTENTION:
                 return aten._scaled_dot_product_efficient_attention(*args, None, False)[0]
-            return aten._scaled_dot_product_flash_attention(*args)[0]
+            if kernel == SDPBackend.FLASH_ATTENTION:
+                return aten._scaled_dot_product_flash_attention(*args)[0]
         return func(*args, **kwargs)
 
 

@@ -15,13 +15,14 @@ from ddpm.kernels import backend
 def attention_backend(dim_head: int, dtype: torch.dtype, device: torch.device) -> SDPBackend | None:
     """Which of torch's kernels runs on a GPU: the fastest that takes this width; None on other devices.
 
-    Flash attention (Dao 2023) takes half precision and heads of up to 256, the memory-efficient kernel any width of
-    whole 16-byte loads; both have the same bits every run.
+    Flash attention (Dao 2023) takes half precision and heads of up to 256, on NVIDIA's GPUs since Ampere, the
+    memory-efficient kernel any width of whole 16-byte loads; both have the same bits every run.
     """
     if not backend.is_gpu(device):
         return None
     half = dtype in (torch.float16, torch.bfloat16)
-    if half and dim_head <= 256 and dim_head % 8 == 0:
+    has_flash = not (0, 0) < backend.target(device).capability < (8, 0)  # AMD's have it too
+    if half and has_flash and dim_head <= 256 and dim_head % 8 == 0:
         return SDPBackend.FLASH_ATTENTION
     return SDPBackend.EFFICIENT_ATTENTION if dim_head % (8 if half else 4) == 0 else SDPBackend.MATH
 

@@ -162,7 +162,7 @@ class Convolution(nn.Module):
             padding=self.padding,
             upsample=self.resample == "up",
             row=row,
-            residual=None if residual is None or has_shortcut else residual.parts[0],
+            residual=None if residual is None or has_shortcut else residual.tensor(),
             shortcut=residual.parts if residual is not None and has_shortcut else (),
             shortcut_weight=self.shortcut_weight,
             out_scale=1 / self.scale,

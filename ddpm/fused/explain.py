@@ -44,7 +44,8 @@ class Skeleton:
         time = self.network.time
         row = torch.empty(1, time.columns, device="meta")
         classes = None if labels is None else torch.empty(len(x), time.embedding_dim, device="meta")
-        planned = backend.assume(backend.target(device)) if backend.uses_triton(device) else contextlib.nullcontext()
+        is_planned = backend.uses_triton(device) or backend.is_gpu(device)
+        planned = backend.assume(backend.target(device)) if is_planned else contextlib.nullcontext()
         with planned, torch.no_grad(), contextlib.ExitStack() as hooks:
             for name, module in self.network.named_modules():
                 if hasattr(module, "describe") and module is not time:

@@ -18,13 +18,14 @@ the direct convolution, against 9.4 times (C = 256, SiLU of a normal input).
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ddpm.devices import total_memory
 
 TILE = 4  # outputs of a tile, in each direction
 PATCH = TILE + 2  # inputs that they see
@@ -38,7 +39,6 @@ LEAST_PIXELS = 256
 LEAST_CHANNELS = 32
 # Of the machine's memory, for the transformed weights of one compiled step: a sampler keeps several.
 MEMORY_SHARE = 1 / 16
-ASSUMED_MEMORY = 8 << 30  # bytes, where the system does not say
 
 _allowed: ContextVar[bool] = ContextVar("allowed", default=False)
 
@@ -61,9 +61,7 @@ def is_allowed() -> bool:
 
 def fits(size: int) -> bool:
     """Whether the transformed weights of a network, `size` bytes, are no more than MEMORY_SHARE of the memory."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return size <= MEMORY_SHARE * ASSUMED_MEMORY
-    return size <= MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return size <= MEMORY_SHARE * total_memory()
 
 
 def chooses_winograd(n: int, height: int, width: int, c_in: int, c_out: int) -> bool:

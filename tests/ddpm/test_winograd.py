@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddpm
+from ddpm import devices
 from ddpm.fused import Convolution, FusedNetwork, fuse, winograd
 from ddpm.fused.features import Features
 from ddpm.fused.winograd import chooses_winograd, transform_weight, winograd_bytes, winograd_conv3x3
@@ -253,12 +257,9 @@ def test_it_is_left_where_its_weights_would_fill_the_memory(monkeypatch: pytest.
     assert network.allows_winograd(cpu, 1, 16, 16)
     memory = sum(used) * 1e6 / winograd.MEMORY_SHARE
 
-    def of_a_machine(size: float) -> Any:
-        return lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(size / 4096)}[name]
-
-    monkeypatch.setattr("os.sysconf", of_a_machine(2 * memory))
+    monkeypatch.setattr(winograd, "total_memory", lambda: int(2 * memory))
     assert network.allows_winograd(cpu, 1, 16, 16)
-    monkeypatch.setattr("os.sysconf", of_a_machine(0.5 * memory))
+    monkeypatch.setattr(winograd, "total_memory", lambda: int(0.5 * memory))
     assert not network.allows_winograd(cpu, 1, 16, 16)
     assert not any(path.path.startswith("Winograd") for path in network.explain(cpu, 1, 16, 16, compiled=True))
 
@@ -266,3 +267,32 @@ def test_it_is_left_where_its_weights_would_fill_the_memory(monkeypatch: pytest.
 def test_it_is_for_the_cpu() -> None:
     network = wide_network()
     assert not network.allows_winograd(torch.device("cuda"), 1, 16, 16)
+
+
+def test_a_containers_limit_is_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(devices, "CONTAINER_LIMIT", limit)
+    machine = devices.total_memory()
+    for text, expected in (("max\n", machine), ("1048576\n", 2**20), (f"{2 * machine}\n", machine)):
+        limit.write_text(text)
+        assert devices.total_memory() == expected
+
+
+@needs_compiler
+def test_a_sampler_that_is_gone_leaves_no_weights_behind(tmp_path: Path) -> None:
+    from torch._inductor.codecache import PyCodeCache
+
+    def constants() -> list[Tensor]:
+        return [value for module in PyCodeCache.modules for value in vars(module).values() if isinstance(value, Tensor)]
+
+    before, modules = len(constants()), set(sys.modules)
+    sampler = ddpm.load(save_tiny(tmp_path), device="cpu", compile=True)
+    sampler.sample(1, seeds=[3], steps=2, progress=False)
+    # The packed ones; PyTorch holds a few biases elsewhere.
+    held = [weakref.ref(tensor) for tensor in constants()[before:] if tensor.is_mkldnn]
+    assert held
+    assert set(sys.modules) - modules
+    del sampler
+    gc.collect()
+    assert not any(tensor() is not None for tensor in held)
+    assert len(constants()) == before

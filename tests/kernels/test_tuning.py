@@ -176,7 +176,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
     def write(plans: Any, **changes: Any) -> Path:
         path = tmp_path / "plans.json"
-        content = {"schema": tuning.SCHEMA, "gpu": H100.name, "versions": {}, "commit": None, "plans": plans} | changes
+        content = {"schema": tuning.SCHEMA, "gpu": H100.name, "plans": plans} | changes
         path.write_text(json.dumps(content))
         monkeypatch.setenv("DDPM_PLANS", str(path))
         tuning.forget()
@@ -190,9 +190,36 @@ def test_a_file_overrides_the_rule_for_its_shapes_and_its_gpu(write):
     assert plan(SHAPE, H100) == ConvPlan(**MEASURED, source=str(path))
     assert plan(SHAPE, H100, splittable=False) == ConvPlan(**MEASURED | {"splits": 1}, source=str(path))
     assert tuning.to_json(plan(SHAPE, H100)) == MEASURED
-    assert plan(SHAPE, A100).source == "rule"
     assert plan(replace(SHAPE, n=2), H100).source == "rule"
     assert plan(SHAPE, H100, form="apply").source == "rule"
+
+
+def test_what_a_plan_was_measured_with_is_for_readers(write):
+    path = write({SHAPE.key: MEASURED | {"measured": {"versions": {"torch": "2"}, "commit": None}}})
+    assert plan(SHAPE, H100) == ConvPlan(**MEASURED, source=str(path))
+
+
+def test_a_file_of_another_gpu_is_not_followed_and_says_so_once(write):
+    path = write({SHAPE.key: MEASURED})
+    with pytest.warns(UserWarning, match="plans for NVIDIA H100 .*, and this is NVIDIA A100.*: the rule") as caught:
+        sources = [plan(shape, A100).source for shape in (SHAPE, replace(SHAPE, n=2))]
+    assert sources == ["rule", "rule"]
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith(str(path))
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"schema": 1}'])
+def test_files_are_not_read_while_they_are_measured_anew(content, write):
+    path = write({SHAPE.key: MEASURED})
+    assert plan(SHAPE, H100).source == str(path)
+    if content is not None:
+        path.write_text(content)
+        tuning.forget()
+    with tuning.without_files():
+        assert plan(SHAPE, H100).source == "rule"
+        assert {p.source for p in candidates(SHAPE, H100)} == {"rule"}
+    if content is None:
+        assert plan(SHAPE, H100).source == str(path)
 
 
 def test_the_second_half_of_a_measured_pass(write):
@@ -247,11 +274,11 @@ def test_a_file_that_is_not_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no file of plans"),
-        ("[]", "must be a file of plans with schema 1"),
-        ('{"schema": 2}', "must be a file of plans with schema 1"),
-        ('{"schema": 1, "plans": {}}', "must name its gpu and its plans"),
-        ('{"schema": 1, "gpu": "a", "plans": []}', "must name its gpu and its plans"),
+        ("{", "is no file of plans: .*; run `ddpm tune`"),
+        ("[]", "must be a file of plans with schema 2; found None; run `ddpm tune` again"),
+        ('{"schema": 1}', "must be a file of plans with schema 2; found 1; run `ddpm tune` again"),
+        ('{"schema": 2, "plans": {}}', "must name its gpu and its plans"),
+        ('{"schema": 2, "gpu": "a", "plans": []}', "must name its gpu and its plans"),
     ],
 )
 def test_files_it_refuses(content, message, write):
