@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -196,6 +196,7 @@ class Loop:
         # A code object of its own: torch.compile counts compilations per code object and refuses after a handful, which
         # would make the number of shapes in a process a limit.
         own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+        self._code = own.__code__
         # Default mode: its own CUDA graphs would not mix with ours.
         return torch.compile(own, fullgraph=True, dynamic=False)
 
@@ -217,7 +218,7 @@ class Loop:
             before = len(PyCodeCache.modules)
             yield
             self._is_traced = True
-            weakref.finalize(self, _drop_constants, PyCodeCache.modules[before:])
+            weakref.finalize(self, _drop_constants, self._code, PyCodeCache.modules[before:])
 
     def _settings(self) -> AbstractContextManager[None]:
         return network_settings(self.device, self.tf32)
@@ -353,10 +354,17 @@ class Loop:
                 _fill(buffer, values)
 
 
-def _drop_constants(modules: list[ModuleType]) -> None:
-    """Let go of the weights in the generated modules of a step that is gone: Inductor would keep them for good."""
+def _drop_constants(code: CodeType, modules: list[ModuleType]) -> None:
+    """Let go of the weights of a compiled step that is gone: torch.compile would keep them for good.
+
+    Args:
+        code: that was compiled.
+        modules: that Inductor generated.
+    """
+    from torch._dynamo.eval_frame import reset_code
     from torch._inductor.codecache import PyCodeCache
 
+    reset_code(code)
     for module in modules:
         for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
             delattr(module, name)

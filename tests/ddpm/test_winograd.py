@@ -291,6 +291,7 @@ def test_a_sampler_that_is_gone_leaves_no_weights_behind(tmp_path: Path) -> None
     # The packed ones; PyTorch holds a few biases elsewhere.
     held = [weakref.ref(tensor) for tensor in constants()[before:] if tensor.is_mkldnn]
     assert held
+    held += [weakref.ref(parameter) for parameter in sampler._network.parameters()]
     assert set(sys.modules) - modules
     del sampler
     gc.collect()
