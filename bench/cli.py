@@ -91,9 +91,7 @@ def settings(options: argparse.Namespace) -> list[Setting]:
         ValueError: a bad argument.
     """
     batches = parse_batches(options.batch)
-    for name in ("steps", "rounds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected a positive integer")
+    check_options(options, "steps", "rounds")
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     source = options.checkpoint or DEMO
@@ -101,25 +99,42 @@ def settings(options: argparse.Namespace) -> list[Setting]:
     total = checkpoint.schedule.num_train_timesteps
     if options.steps > total:
         raise ValueError(f"--steps {options.steps} is more than the {total} steps of {source}")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file; expected a directory")
     name = Path(source).name
     return [Setting(checkpoint, name, device, dtype, batch, options.steps, options.rounds) for batch in batches]
 
 
-def run(options: argparse.Namespace) -> int:
-    plan = settings(options)
+def check_options(options: argparse.Namespace, *numbers: str) -> None:
+    """Raise ValueError where one of these, if given, is not positive, or --out is a file."""
+    for name in numbers:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected a positive integer")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file; expected a directory")
+
+
+def measure(plan: list[Setting], compiled: bool) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
+    """The rows of these comparisons, the environment, and whether Ctrl-C ended them."""
     device = plan[0].device
     rows: list[dict[str, Any]] = []
     interrupted = False
     with GpuState(device) as gpu:
         try:
             for setting in plan:
-                compare(setting, compiled=options.compile, gpu=gpu, deadline=Deadline(None), keep=rows.append)
+                compare(setting, compiled=compiled, gpu=gpu, deadline=Deadline(None), keep=rows.append)
         except KeyboardInterrupt:
             interrupted = True
-        environment = describe_environment(device, gpu)
+        return rows, describe_environment(device, gpu), interrupted
+
+
+def run(options: argparse.Namespace) -> int:
+    rows, environment, interrupted = measure(settings(options), options.compile)
     path = write_json(options.out / "bench.json", {"schema": 1, "rows": rows, "environment": environment})
     print_table(rows)
+    return finish(path, interrupted)
+
+
+def finish(path: Path, interrupted: bool) -> int:
+    """Say where the rows are; the exit code."""
     print(f"{'interrupted; the finished rows are in ' if interrupted else ''}{path}")
     return 130 if interrupted else 0

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.cli import OUT, Parser, parse_batches
-from bench.compare import Deadline, compare
-from bench.environment import describe_environment
-from bench.gpu_state import GpuState
+from bench.cli import OUT, Parser, check_options, finish, measure, parse_batches
 from bench.networks import save_random
 from bench.report import print_table, write_json
 from bench.variants import Setting
@@ -39,38 +36,29 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=OUT, help="directory of cpu.json (bench/out)")
     options = parser.parse_args(argv)
-    for name in ("steps", "rounds", "threads"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected a positive integer")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file; expected a directory")
+    check_options(options, "steps", "rounds", "threads")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return run(options, parse_batches(options.batch))
 
 
 def run(options: argparse.Namespace, batches: list[int]) -> int:
-    rows: list[dict[str, Any]] = []
-    interrupted = False
-    with GpuState(CPU) as gpu, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         source = options.checkpoint or save_random(Path(folder) / "cifar10-32")
         name = Path(source).name + ("" if options.checkpoint else " (random weights)")
         checkpoint = load_checkpoint(source)
-        try:
-            for batch in batches:
-                setting = Setting(checkpoint, name, CPU, "fp32", batch, options.steps, options.rounds, peers=True)
-                compare(setting, compiled=options.compile, gpu=gpu, deadline=Deadline(None), keep=rows.append)
-        except KeyboardInterrupt:
-            interrupted = True
-        environment = describe_environment(CPU, gpu)
+        plan = [
+            Setting(checkpoint, name, CPU, "fp32", batch, options.steps, options.rounds, peers=True)
+            for batch in batches
+        ]
+        rows, environment, interrupted = measure(plan, options.compile)
     ratios = against_peers(rows)
     content = {"schema": 1, "ratios": ratios, "rows": rows, "environment": environment}
     path = write_json(options.out / "cpu.json", content)
     print_table(rows)
     for batch, found in ratios.items():
         print(f"batch {batch}: {summary(found)}")
-    print(f"{'interrupted; the finished rows are in ' if interrupted else ''}{path}")
-    return 130 if interrupted else 0
+    return finish(path, interrupted)
 
 
 def against_peers(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.cli import DEMO, OUT, Parser
+from bench.cli import DEMO, OUT, Parser, check_options
 from bench.compare import Deadline, compare
 from bench.environment import describe_environment
 from bench.gpu_state import GpuState
@@ -46,8 +46,7 @@ def main(argv: list[str]) -> int:
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="also time the compiled variant"
     )
     options = parser.parse_args(argv)
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file; expected a directory")
+    check_options(options)
     device = find_device()
     if device is None:
         print("error: torch finds no CUDA GPU here, and `bench gpu` needs one", file=sys.stderr)

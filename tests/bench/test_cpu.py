@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import bench.cli
 import bench.cpu
 import bench.variants
 from bench.cli import main
@@ -69,7 +70,7 @@ def test_without_openvino(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
-def test_compiled_diffusers_has_frozen_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_diffusers_has_frozen_weights(tmp_path: Path) -> None:
     """It draws the pipeline's images, and its weights are constants."""
     config = UNetConfig(
         block_out_channels=(8, 16),
@@ -133,13 +134,13 @@ def test_bad_arguments(arguments: tuple[str, ...], message: str, capsys: pytest.
 
 
 def test_ctrl_c_keeps_finished_rows(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = bench.cpu.compare
+    compare = bench.cli.compare
 
     def interrupted(setting: Setting, **options: Any) -> None:
         if setting.batch == 2:
             raise KeyboardInterrupt
         compare(setting, **options)
 
-    monkeypatch.setattr(bench.cpu, "compare", interrupted)
+    monkeypatch.setattr(bench.cli, "compare", interrupted)
     assert main(["cpu", str(tiny), *QUICK, "--no-compile", "--batch", "1,2", "--out", str(tmp_path / "out")]) == 130
     assert {row["batch"] for row in report(tmp_path / "out")["rows"]} == {1}
