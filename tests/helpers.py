@@ -9,8 +9,11 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from ddpm import Sampler
 from ddpm.checkpoints.checkpoint import Network
 from ddpm.fused import fuse
+from ddpm.reference import sample_reference
+from ddpm.steps import step_table
 from tests.tolerances import FORWARD
 from tests.weights import redraw
 
@@ -116,6 +119,24 @@ def stock_images(pipe: DDPMPipeline, n: int, generator: Any, **options: Any) -> 
         del pipe.scheduler.step
     torch.testing.assert_close(images, (last[0] / 2 + 0.5).clamp(0, 1), rtol=0, atol=0)
     return last[0]
+
+
+def reference_images(
+    sampler: Sampler, n: int, steps: int, generator: torch.Generator, network: Network | None = None
+) -> Tensor:
+    """The oracle, with the draws in the pipeline's order: x_T, then one for every step above t = 0.
+
+    With the sampler's own reference network, or with another.
+    """
+    checkpoint, shape = sampler.checkpoint, (n, *sampler.image_shape)
+    return sample_reference(
+        network or checkpoint.network,
+        checkpoint.schedule,
+        checkpoint.rules,
+        step_table(checkpoint.schedule, checkpoint.rules, steps).timesteps.tolist(),
+        torch.randn(shape, generator=generator),
+        lambda i: torch.randn(shape, generator=generator),
+    )
 
 
 def assert_same_output(

@@ -12,9 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 
 import ddpm
 from ddpm.cli import DEMO
-from ddpm.reference import sample_reference
-from ddpm.steps import step_table
-from tests.helpers import CIFAR, TRAINING_SCRIPT, redraw, save_tiny, stock_images, tiny_pipeline
+from tests.helpers import CIFAR, TRAINING_SCRIPT, redraw, reference_images, save_tiny, stock_images, tiny_pipeline
 from tests.tolerances import CHAIN
 
 SEED = 1234
@@ -22,22 +20,6 @@ SEED = 1234
 
 def generator(seed: int = SEED) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def reference_images(sampler: ddpm.Sampler, n: int, steps: int) -> torch.Tensor:
-    """The oracle, with the draws in the pipeline's order: x_T, then one for every step above t = 0."""
-    checkpoint, source = sampler.checkpoint, generator()
-    shape = (n, *sampler.image_shape)
-    timesteps = step_table(checkpoint.schedule, checkpoint.rules, steps).timesteps.tolist()
-    x_T = torch.randn(shape, generator=source)
-    return sample_reference(
-        checkpoint.network,
-        checkpoint.schedule,
-        checkpoint.rules,
-        timesteps,
-        x_T,
-        lambda i: torch.randn(shape, generator=source),
-    )
 
 
 def assert_parity(directory: Path, n: int, steps: int, *, reference: bool = True) -> None:
@@ -52,7 +34,7 @@ def assert_parity(directory: Path, n: int, steps: int, *, reference: bool = True
     assert images.dtype == torch.float32
     assert float((images - expected).abs().max()) <= CHAIN
     if reference:
-        assert float((reference_images(sampler, n, steps) - expected).abs().max()) <= CHAIN
+        assert float((reference_images(sampler, n, steps, generator()) - expected).abs().max()) <= CHAIN
 
 
 RULES: dict[str, dict[str, Any]] = {

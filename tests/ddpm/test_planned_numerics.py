@@ -6,7 +6,6 @@ What the interpreter is too slow for: the planned network's own order of roundin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import ddpm
+from ddpm.checkpoints.checkpoint import Network
 from ddpm.cli import DEMO
 from ddpm.fused import Convolution, convolution
 from ddpm.fused.features import Features
 from ddpm.kernels import backend
-from ddpm.reference import sample_reference
-from ddpm.steps import step_table
+from tests.helpers import reference_images
 from tests.tolerances import CHAIN
 
 IMAGES = 2
@@ -48,27 +47,13 @@ def planned_images(dtype: str, steps: int) -> Tensor:
     return sampler.sample(IMAGES, steps=steps, generator=generator(), progress=False)
 
 
-def oracle_images(steps: int, change: Callable[[nn.Module], nn.Module] = lambda network: network) -> Tensor:
-    """Of the reference network, changed or not, with the state in float32."""
-    checkpoint, source = ddpm.load(DEMO, device="cpu").checkpoint, generator()
-    shape = (IMAGES, checkpoint.image_channels, *checkpoint.sample_size)
-    timesteps = step_table(checkpoint.schedule, checkpoint.rules, steps).timesteps.tolist()
-    return sample_reference(
-        change(copy.deepcopy(checkpoint.network)),
-        checkpoint.schedule,
-        checkpoint.rules,
-        timesteps,
-        torch.randn(shape, generator=source),
-        lambda i: torch.randn(shape, generator=source),
-    )
-
-
-def rounded(network: nn.Module) -> nn.Module:
-    """The plain network in emulated float16: weights, and what every layer returns, are rounded; sums are float32."""
+def rounded(network: Network) -> Network:
+    """A copy of the plain network in emulated float16: weights and what layers return are rounded, sums are float32."""
 
     def round_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.half().float()
 
+    network = copy.deepcopy(network)
     for parameter in network.parameters():
         parameter.data = parameter.data.half().float()
     for module in network.modules():
@@ -80,7 +65,9 @@ def rounded(network: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("sms", "steps"), [(132, 10), (2, 10), pytest.param(2, 1000, marks=pytest.mark.slow)], ids=str)
 def test_a_chain_of_the_demo(monkeypatch: pytest.MonkeyPatch, sms: int, steps: int) -> None:
     """In float32 the oracle's images; in float16 at most 1.5 times the plain network's error."""
-    exact, plain = oracle_images(steps), oracle_images(steps, rounded)
+    sampler = ddpm.load(DEMO, device="cpu")
+    exact = reference_images(sampler, IMAGES, steps, generator())
+    plain = reference_images(sampler, IMAGES, steps, generator(), rounded(sampler.checkpoint.network))
     forms = plan_on_the_cpu(monkeypatch, sms)
     assert 0 < (planned_images("fp32", steps) - exact).abs().max() <= CHAIN
     error, allowed = (planned_images("fp16", steps) - exact).abs(), (plain - exact).abs()
