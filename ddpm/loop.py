@@ -152,7 +152,6 @@ class Loop:
         self.compilations = 0
         self.captures = 0
         self._step = self._compile() if compiled else step
-        self._is_traced = False
         self._freezes = compiled and device.type == "cpu" and network.is_frozen
         self._allows_winograd = self._freezes and network.allows_winograd(
             device, len(self.buffers.x) * (2 if shape.guided else 1), shape.height, shape.width
@@ -202,23 +201,20 @@ class Loop:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """What a compiled step of the CPU is traced in, at its first call: weights are constants, packed for oneDNN.
+        """What a compiled step of the CPU is traced in, at a first call: weights are constants, packed for oneDNN.
 
         As an option of torch.compile, freezing comes after the weights have become inputs of the graph.
         """
         if not self._freezes:
             yield
             return
-        with torch._inductor.config.patch(freezing=True), winograd.allowed(self._allows_winograd):
-            if self._is_traced:
-                yield
-                return
-            from torch._inductor.codecache import PyCodeCache  # not above: it takes a while to import
+        from torch._inductor.codecache import PyCodeCache  # not above: it takes a while to import
 
-            before = len(PyCodeCache.modules)
+        before = len(PyCodeCache.modules)
+        with torch._inductor.config.patch(freezing=True), winograd.allowed(self._allows_winograd):
             yield
-            self._is_traced = True
-            weakref.finalize(self, _drop_constants, self._code, PyCodeCache.modules[before:])
+        if modules := PyCodeCache.modules[before:]:
+            weakref.finalize(self, _release, self._code, modules)
 
     def _settings(self) -> AbstractContextManager[None]:
         return network_settings(self.device, self.tf32)
@@ -354,20 +350,18 @@ class Loop:
                 _fill(buffer, values)
 
 
-def _drop_constants(code: CodeType, modules: list[ModuleType]) -> None:
+def _release(code: CodeType, modules: list[ModuleType]) -> None:
     """Let go of the weights of a compiled step that is gone: torch.compile would keep them for good.
 
     Args:
         code: that was compiled.
-        modules: that Inductor generated.
+        modules: that Inductor generated meanwhile; another thread's code among them holds what it needs itself.
     """
     from torch._dynamo.eval_frame import reset_code
     from torch._inductor.codecache import PyCodeCache
 
     reset_code(code)
     for module in modules:
-        for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
-            delattr(module, name)
         if module in PyCodeCache.modules:
             PyCodeCache.modules.remove(module)
         if sys.modules.get(module.__name__) is module:
@@ -503,7 +497,7 @@ def check_compile(choice: Any) -> bool | str:
 
 def may_compile(choice: bool | str, device: torch.device) -> bool:
     """Whether a run that is long enough is compiled."""
-    return check_compile(choice) is not False and can_compile(device)
+    return choice is not False and can_compile(device)
 
 
 def decide_compile(choice: bool | str, device: torch.device, gflop: float) -> bool:

@@ -383,9 +383,9 @@ class Sampler:
         Raises:
             ValueError: batch_size is no positive integer.
         """
-        batch_size = positive_integer("batch_size", batch_size)
         from ddpm.kernels import backend
 
+        batch_size = positive_integer("batch_size", batch_size)
         triton = backend.uses_triton(self.device)
         step = "Triton kernel reverse_step" if triton else "reverse_step_ref (plain PyTorch)"
         graph = "captured in a CUDA graph, replayed once per step" if self.device.type == "cuda" else "run step by step"

@@ -102,12 +102,13 @@ def is_dispatched(tensor: Tensor) -> bool:
 def takes_kernel(tensor: Tensor) -> bool:
     """`uses_triton` for a call that holds `tensor`; a GPU without Triton is served by the reference, with a warning."""
     if tensor.device.type == "cuda" and not HAVE_TRITON and not torch.compiler.is_compiling():
-        _warn_once("Triton is not installed: fused kernels are replaced by plain PyTorch, which is slower")
+        warn_once("Triton is not installed: fused kernels are replaced by plain PyTorch, which is slower")
     return uses_triton(tensor.device)
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warn, but not again with the same words."""
     warnings.warn(message, stacklevel=4)
 
 

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -340,12 +339,7 @@ def forget() -> None:
     """Read files of plans again."""
     _plan.cache_clear()
     load_plans.cache_clear()
-    _warn_once.cache_clear()
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    backend.warn_once.cache_clear()
 
 
 class _Measured:
@@ -358,7 +352,9 @@ class _Measured:
         gpu, plans = load_plans(self.path) if self.path is not None else ("", {})
         if self.path is not None and gpu != self.target.name:
             here = self.target.name
-            _warn_once(f"{self.path} has plans for {gpu}, and this is {here}: the rule plans instead; run `ddpm tune`")
+            backend.warn_once(
+                f"{self.path} has plans for {gpu}, and this is {here}: the rule plans instead; run `ddpm tune`"
+            )
             return None
         found = plans.get(shape.key)
         if found is None:

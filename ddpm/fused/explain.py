@@ -79,6 +79,38 @@ class Skeleton:
         return winograd.fits(sum(sizes))
 
 
+class Planned(nn.Module):
+    """A rebuilt network, whose layers take forms by the batch, the size and the device.
+
+    Made from a reference network and a dtype, which it has as `config` and `dtype`.
+
+    Attributes:
+        reference: the class of its reference network.
+        is_frozen: its weights never change.
+    """
+
+    reference: Callable[[Any], Any]
+    is_frozen = True
+    config: Any
+    dtype: torch.dtype
+
+    def skeleton(self, batch: int, height: int, width: int) -> Skeleton:
+        """The same network without weights, and inputs for it."""
+        with torch.device("meta"):
+            reference = type(self).reference(self.config)
+            return Skeleton(type(self)(reference, self.dtype), reference.example(batch, height, width))
+
+    def explain(
+        self, device: torch.device, batch: int, height: int, width: int, *, compiled: bool = False
+    ) -> list[LayerPath]:
+        """Which path every layer takes on `device`, in order of execution."""
+        return self.skeleton(batch, height, width).explain(device, compiled=compiled)
+
+    def allows_winograd(self, device: torch.device, batch: int, height: int, width: int) -> bool:
+        """Whether a step compiled for `device` may have its weights in Winograd's form."""
+        return self.skeleton(batch, height, width).allows_winograd(device)
+
+
 def _visitor(name: str, visit: Visit) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         visit(name, module, inputs, options)

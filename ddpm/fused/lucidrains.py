@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddpm.fused.attention import attend, describe_attention
 from ddpm.fused.convolution import Convolution
-from ddpm.fused.explain import LayerPath, Skeleton
+from ddpm.fused.explain import Planned
 from ddpm.fused.features import Features
 from ddpm.fused.layers import GroupNormSiLU, RMSNormSiLU, TimePath, frozen
 from ddpm.lucidrains import Block, ChannelLayerNorm, FullAttention, LinearAttention, LucidrainsUNet, ResnetBlock
@@ -132,7 +132,7 @@ def unshuffled(conv: nn.Conv2d, dtype: torch.dtype) -> Convolution:
     return Convolution(weight, conv.bias, dtype, stride=2, padding=(0, 0), statistics=False)
 
 
-class FusedLucidrains(nn.Module):
+class FusedLucidrains(Planned):
     """The network as the sampling step runs it.
 
     Args:
@@ -141,10 +141,11 @@ class FusedLucidrains(nn.Module):
             convolution, norm statistics, linear attention's sums and the time table are float32 whatever it is.
     """
 
+    reference = LucidrainsUNet
+
     def __init__(self, reference: LucidrainsUNet, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.dtype = reference.config, dtype
-        self.is_frozen = True
         self.self_condition, self.condition_channels = reference.self_condition, reference.condition_channels
         self.time = TimePath(reference)
         self.init_conv = Convolution.of(reference.init_conv, dtype, statistics=False)
@@ -201,19 +202,3 @@ class FusedLucidrains(nn.Module):
             h = resnet2(h.with_skip(skips.pop()), time)
             h = end(attend(h))
         return self.final_conv(self.final_res_block(h.with_skip(first), time)).tensor()
-
-    def skeleton(self, batch: int, height: int, width: int) -> Skeleton:
-        """The same network without weights, and inputs for it."""
-        with torch.device("meta"):
-            reference = LucidrainsUNet(self.config)
-            return Skeleton(FusedLucidrains(reference, self.dtype), reference.example(batch, height, width))
-
-    def explain(
-        self, device: torch.device, batch: int, height: int, width: int, *, compiled: bool = False
-    ) -> list[LayerPath]:
-        """Which path every layer takes on `device`, in order of execution."""
-        return self.skeleton(batch, height, width).explain(device, compiled=compiled)
-
-    def allows_winograd(self, device: torch.device, batch: int, height: int, width: int) -> bool:
-        """Whether a step compiled for `device` may have its weights in Winograd's form."""
-        return self.skeleton(batch, height, width).allows_winograd(device)

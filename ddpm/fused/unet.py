@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddpm.fused.attention import attend, describe_attention
 from ddpm.fused.convolution import Convolution
-from ddpm.fused.explain import LayerPath, Skeleton
+from ddpm.fused.explain import Planned
 from ddpm.fused.features import Features
 from ddpm.fused.layers import TimePath
 from ddpm.unet import Attention, Block, Downsample, ResnetBlock, UNet, Upsample, resample
@@ -109,7 +109,7 @@ class FusedBlock(nn.Module):
         return self.sampler(h, time) if isinstance(self.sampler, FusedResnet) else self.sampler(h)
 
 
-class FusedUNet(nn.Module):
+class FusedUNet(Planned):
     """The network as the sampling step runs it.
 
     Args:
@@ -117,6 +117,8 @@ class FusedUNet(nn.Module):
         dtype: of the convolutions, matrix products and activations between them. The input, the output, the last
             convolution, norm statistics and the time table are float32 whatever it is.
     """
+
+    reference = UNet
 
     def __init__(self, reference: UNet, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -135,8 +137,6 @@ class FusedUNet(nn.Module):
         )
         self.time.finish()
         self.eval()
-
-    is_frozen = True
 
     @property
     def condition_channels(self) -> int:
@@ -205,19 +205,3 @@ class FusedUNet(nn.Module):
         if self.time.divides_by_time:
             out = out / row[:, -1:, None, None]
         return out
-
-    def skeleton(self, batch: int, height: int, width: int) -> Skeleton:
-        """The same network without weights, and inputs for it."""
-        with torch.device("meta"):
-            reference = UNet(self.config)
-            return Skeleton(FusedUNet(reference, self.dtype), reference.example(batch, height, width))
-
-    def explain(
-        self, device: torch.device, batch: int, height: int, width: int, *, compiled: bool = False
-    ) -> list[LayerPath]:
-        """Which path every layer takes on `device`, in order of execution."""
-        return self.skeleton(batch, height, width).explain(device, compiled=compiled)
-
-    def allows_winograd(self, device: torch.device, batch: int, height: int, width: int) -> bool:
-        """Whether a step compiled for `device` may have its weights in Winograd's form."""
-        return self.skeleton(batch, height, width).allows_winograd(device)
