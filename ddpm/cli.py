@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -140,28 +139,6 @@ def checkpoint_options(command: Any) -> Any:
     return command
 
 
-def parse_options(texts: tuple[str, ...]) -> dict[str, Any]:
-    """("image_size=64", "learn_sigma=true") -> {"image_size": 64, "learn_sigma": True}; other values are text.
-
-    Raises:
-        ValueError: no "=", or a name given twice.
-    """
-    result: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ValueError(f"option {text!r} is not of the form NAME=VALUE, such as image_size=64")
-        if name in result:
-            raise ValueError(f"option {name} is given twice")
-        if name in ("device", "dtype", "compile", "source"):
-            raise ValueError(f"{name} is not an option of a checkpoint; see ddpm --help for its own place")
-        try:
-            result[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
-            result[name] = value
-    return result
-
-
 def _load(
     checkpoint: str | None,
     device: str,
@@ -171,6 +148,7 @@ def _load(
     **family_options: Any,
 ) -> Sampler:
     import ddpm
+    from ddpm.checkpoints.options import parse_options
 
     choice: bool | str = {"on": True, "off": False}.get(compile, compile)
     given = {name: value for name, value in family_options.items() if value is not None}
@@ -451,6 +429,7 @@ def convert(source: str, directory: Path, options: tuple[str, ...], **family_opt
     """
     from ddpm.checkpoints import load_checkpoint
     from ddpm.checkpoints.export import save_diffusers
+    from ddpm.checkpoints.options import parse_options
 
     given = {name: value for name, value in family_options.items() if value is not None}
     checkpoint = load_checkpoint(source, **(given | parse_options(options)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+import time
 import types
 import warnings
 import weakref
@@ -27,6 +28,7 @@ from ddpm.devices import ordinary_modes
 from ddpm.fused import FusedNetwork, winograd
 from ddpm.kernels.reverse_step import COLUMNS, NONFINITE_NONE, PLANES, decode_nonfinite, reverse_step
 from ddpm.noise import GeneratorNoise
+from ddpm.ranges import named_range
 from ddpm.steps import StepTable
 
 # Replays queued ahead of the GPU: enough to hide the host, few enough that progress and Ctrl-C follow the GPU.
@@ -129,10 +131,12 @@ class Loop:
         device: "cpu" or "cuda:i".
         compiled: run the step through torch.compile.
         tf32: let float32 convolutions and matrix products use TF32.
+        captured: on a GPU, replay a CUDA graph of the step; False launches what it does, as a debugger wants it.
         lock: held while a step is walked; one for all loops of a network.
 
     Attributes:
         compilations, captures: how often each happened, 0 or 1.
+        capture_s: seconds that the capture took, without the warm-up before it; None where there was none.
     """
 
     def __init__(
@@ -143,14 +147,17 @@ class Loop:
         *,
         compiled: bool,
         tf32: bool = False,
+        captured: bool = True,
         lock: AbstractContextManager[Any] | None = None,
     ):
         self.network, self.shape, self.device, self.tf32 = network, shape, device, tf32
+        self.captured = captured and device.type == "cuda"
         with ordinary_modes(device):
             self.buffers = self._allocate()
         self.compiled = compiled
         self.compilations = 0
         self.captures = 0
+        self.capture_s: float | None = None
         self._step = self._compile() if compiled else step
         self._freezes = compiled and device.type == "cpu" and network.is_frozen
         self._allows_winograd = self._freezes and network.allows_winograd(
@@ -237,7 +244,7 @@ class Loop:
             self._table = table
 
     def _run_step(self) -> None:
-        if self.device.type == "cuda":
+        if self.captured:
             if self._graph is None:
                 raise RuntimeError("the step is not captured")
             self._graph.replay()
@@ -247,8 +254,8 @@ class Loop:
             self._advance()
 
     def prepare(self) -> None:
-        """Compile and, on a GPU, capture; the first chain does it, and later chains find it done."""
-        if self.device.type != "cuda" or self._graph is not None:
+        """Compile and capture, on a GPU; the first chain does it, and later chains find it done."""
+        if not self.captured or self._graph is not None:
             return
         # Kernels, library handles and workspaces are made on a side stream first: a capture may not make them.
         side = torch.cuda.Stream(self.device)
@@ -260,6 +267,7 @@ class Loop:
                 self._advance()
         torch.cuda.current_stream(self.device).wait_stream(side)
         torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         self._reset()
         # Without a stream, torch captures on one that it made for whichever GPU was current the first time.
@@ -268,6 +276,7 @@ class Loop:
             self._advance()
         self._graph = graph
         self.captures += 1
+        self.capture_s = time.perf_counter() - start
 
     def steps(
         self,
@@ -298,7 +307,8 @@ class Loop:
         with self._lock, self._settings():
             self._chain = chain
             self._set_table(table)
-            self.prepare()  # warm-up overwrites the state, so it comes before the state is set
+            with named_range("ddpm prepare", self.device):
+                self.prepare()  # warm-up overwrites the state, so it comes before the state is set
             self._reset()
             _fill(self.buffers.x, x_T)
             feed = self._set_noise(seeds, generator, len(x_T))
@@ -308,9 +318,11 @@ class Loop:
             with self._lock, self._settings():  # not while the caller has control
                 self._check_owner(chain)
                 if feed is not None:
-                    for plane in table.draws[i]:
-                        feed.next(plane)
-                self._run_step()
+                    with named_range("ddpm noise", self.device):
+                        for plane in table.draws[i]:
+                            feed.next(plane)
+                with named_range(f"ddpm step {i}", self.device):
+                    self._run_step()
                 pace.step()
             yield i
         with self._lock, self._settings():

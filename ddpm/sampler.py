@@ -91,11 +91,19 @@ class Sampler:
         device: str | torch.device = "auto",
         dtype: str = "auto",
         compile: bool | str = "auto",
+        capture: bool = True,
     ):
+        """A sampler of a loaded checkpoint; device, dtype and compile as in `load`.
+
+        Args:
+            capture: on a GPU, capture the step in a CUDA graph. False launches it operation by operation, which is
+                slower, and what a debugger or a profiler of layers needs.
+        """
         self.checkpoint = checkpoint
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.compile = check_compile(compile)
+        self.capture = boolean("capture", capture)
         self.last_seeds: list[int] | None = None
         with ordinary_modes(self.device):
             self._network = fuse(checkpoint.network, DTYPES[self.dtype]).to(self.device)
@@ -366,7 +374,15 @@ class Sampler:
                 while len(self._loops) >= KEPT_LOOPS:
                     del self._loops[next(iter(self._loops))]
                 tf32 = self.dtype == "tf32"
-                self._loops[key] = Loop(self._network, shape, self.device, compiled=compiled, tf32=tf32, lock=self.lock)
+                self._loops[key] = Loop(
+                    self._network,
+                    shape,
+                    self.device,
+                    compiled=compiled,
+                    tf32=tf32,
+                    captured=self.capture,
+                    lock=self.lock,
+                )
             return self._loops[key]
 
     @property
@@ -388,7 +404,8 @@ class Sampler:
         batch_size = positive_integer("batch_size", batch_size)
         triton = backend.uses_triton(self.device)
         step = "Triton kernel reverse_step" if triton else "reverse_step_ref (plain PyTorch)"
-        graph = "captured in a CUDA graph, replayed once per step" if self.device.type == "cuda" else "run step by step"
+        captured = self.device.type == "cuda" and self.capture
+        graph = "captured in a CUDA graph, replayed once per step" if captured else "run step by step"
         auto = ": only runs that repay it; layers are given as compiled" if self.compile == "auto" else ""
         lines = [
             f"device: {self.device}, dtype: {self.dtype} (state and noise in float32)",

@@ -159,7 +159,7 @@ class Capture:
 
 
 class Dry:
-    """The record of a dry run. Attributes: chip, launches, ops, captures (see `Capture`), reads, mode."""
+    """The record of a dry run. Attributes: chip, launches, ops, captures (see `Capture`), ranges, reads, mode."""
 
     def __init__(self, chip: Chip, mode: FakeTensorMode, devices: int):
         self.chip, self.mode, self.devices = chip, mode, devices
@@ -168,6 +168,8 @@ class Dry:
         self.captures: list[Capture] = []
         self.reads = 0
         self.capturing: Capture | None = None
+        self.ranges: list[str] = []
+        self.open_ranges: list[str] = []
         self.device = 0
         self._allowed: list[tuple[Tensor, float]] = []
         self._warm: set[Any] = set()
@@ -432,7 +434,12 @@ def _fake_torch_cuda(dry: Dry) -> dict[str, Any]:
     def set_device(device: Any) -> None:
         dry.device = index_of(device)
 
+    def range_push(name: str) -> None:
+        dry.ranges.append(name)
+        dry.open_ranges.append(name)
+
     fakes = {
+        "nvtx": SimpleNamespace(range_push=range_push, range_pop=lambda: dry.open_ranges.pop()),
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": CUDAGraph,

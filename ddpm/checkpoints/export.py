@@ -47,7 +47,7 @@ def save_diffusers(checkpoint: Checkpoint, directory: str | os.PathLike[str]) ->
             it cannot be written.
     """
     rules = checkpoint.rules
-    unet, scheduler = _unet_settings(checkpoint), _scheduler_settings(checkpoint)
+    unet, scheduler = unet_settings(checkpoint), _scheduler_settings(checkpoint)
     pipeline, scheduler_class = (f"{rules.sampler.upper()}{part}" for part in ("Pipeline", "Scheduler"))
     target = _free_destination(Path(directory))
     index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", scheduler_class]}
@@ -64,8 +64,12 @@ def _refusal(checkpoint: Checkpoint, found: str, expected: str) -> ValueError:
     return ValueError(f"{checkpoint.source} {found}, but {expected}; it stays with ddpm sample")
 
 
-def _unet_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """unet/config.json; the loader reads the same configuration from it."""
+def unet_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """unet/config.json, the arguments of UNet2DModel; the loader reads the same configuration from it.
+
+    Raises:
+        ValueError: diffusers has no such network.
+    """
     network = checkpoint.network
     if not isinstance(network, UNet):
         found = f"has a network of another graph ({checkpoint.family})"

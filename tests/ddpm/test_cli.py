@@ -363,7 +363,8 @@ def test_as_a_module(checkpoint, out):
 
 
 def test_options_of_a_checkpoint():
-    from ddpm.cli import parse_labels, parse_options
+    from ddpm.checkpoints.options import parse_options
+    from ddpm.cli import parse_labels
 
     assert parse_options(("image_size=64", "learn_sigma=true", "rescale_timesteps=False", "channel_mult=1,2")) == {
         "image_size": 64,

@@ -288,6 +288,26 @@ def test_a_second_chain_is_captured_no_more():
             assert len(walk(loop, steps, x, seeds=torch.zeros(n, dtype=torch.int64, device=DEVICE))) == n
     assert len(dry.captures) == loop.captures == 1
     assert dry.replays == 2 * STEPS
+    assert dry.ranges == ["ddpm prepare", *(f"ddpm step {i}" for i in range(STEPS))] * 2
+    assert not dry.open_ranges
+
+
+def test_a_step_that_is_not_captured():
+    """What a profiler of layers runs: the same launches, from Python, at every step."""
+    run = dry_run(90, "tiny", 2, 16, torch.float32, "seeds")
+    fused, steps = run.loop.network, table("fixed_small")
+    with dry_cuda(90) as dry:
+        loop = Loop(fused, run.loop.shape, DEVICE, compiled=False, captured=False)
+        dry.allow_read(loop.buffers.nonfinite, NONFINITE_NONE)
+        walk(
+            loop,
+            steps,
+            torch.zeros(2, 3, 16, 16, device=DEVICE),
+            seeds=torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        )
+    assert dry.captures == []
+    assert (loop.captures, loop.capture_s) == (0, None)
+    assert [launch.op for launch in dry.launches] == [launch.op for launch in run.capture.launches] * STEPS
 
 
 def chain_shape(steps: StepTable) -> ChainShape:
