@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 
-from bench.cli import DEMO
-from ddpm.checkpoints.checkpoint import Report
+from ddpm.checkpoints.checkpoint import Checkpoint, Report
 from ddpm.checkpoints.diffusers import UNET_DEFAULTS, unet_config
 from ddpm.checkpoints.files import read_json
 from ddpm.lucidrains import LucidrainsConfig, LucidrainsUNet
+from ddpm.rules import SamplingRules
+from ddpm.schedule import NoiseSchedule, beta_schedule
 from ddpm.unet import UNet, UNetConfig
+
+DEMO = Path(str(files("ddpm") / "assets" / "emoji32-smileys"))
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,19 @@ class Architecture:
         """The reference network on torch's default device, with random weights; on "meta" it has none."""
         config = self.config
         return (LucidrainsUNet(config) if isinstance(config, LucidrainsConfig) else UNet(config)).eval()
+
+    def checkpoint(self, network: UNet | LucidrainsUNet) -> Checkpoint:
+        """Of a network of this shape, with Ho et al.'s schedule, sampled as diffusers does it."""
+        return Checkpoint(
+            family="diffusers",
+            source=self.name,
+            network=network,
+            schedule=NoiseSchedule.from_betas(beta_schedule("linear", 1000, 1e-4, 0.02)),
+            rules=SamplingRules(variance_type=self.variance_type),
+            sample_size=(self.image_size, self.image_size),
+            uint8_rounding="half_to_even",
+            report=Report(),
+        )
 
 
 def _ho(channels: tuple[int, ...], attention: int, size: int) -> UNetConfig:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from bench.compare import Deadline, Setting, compare
-from bench.environment import describe_environment
-from bench.gpu_state import GpuState
-from bench.report import print_table, write_json
-from ddpm.checkpoints import load_checkpoint
-from ddpm.sampler import DTYPES, resolve_device, resolve_dtype
+from bench.architectures import ARCHITECTURES, DEMO
+from bench.source import Source, checkpoint_source, random_source
+from ddpm.checkpoints.options import parse_options
 
-DEMO = Path(str(files("ddpm") / "assets" / "emoji32-smileys"))
 OUT = Path(__file__).parent / "out"
+
+# Each is a module of this name with main(arguments) -> exit code; its docstring's first line says what it does.
+COMMANDS = {
+    "compare": "compare two JSON files",
+    "profile": "where a step's time goes",
+    "scale": "cost against batch, resolution and steps",
+    "roofline": "a step's launches, products and bytes, counted without a GPU",
+    "gpu": "the GPU tests, then a fixed set of comparisons",
+    "readme": "the README's numbers from the committed results",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,56 +32,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse_batches(text: str) -> list[int]:
-    """ "1,16" -> [1, 16].
-
-    Raises:
-        ValueError: anything but positive integers.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--batch {text!r}: expected positive integers, such as 1,16")
-    return list(dict.fromkeys(int(part) for part in parts))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m bench",
-        description="Time our sampler and diffusers' pipeline on one checkpoint, taking turns, and check that their "
-        "images agree. `python -m bench gpu` instead runs the GPU tests and a fixed set of comparisons; `python -m "
-        "bench roofline` counts a step's launches, products and bytes without a GPU; `python -m bench cpu` compares "
-        "with compiled diffusers and OpenVINO on the CPU.",
-    )
-    parser.add_argument("checkpoint", nargs="?", help="a directory that diffusers saved, or a hub id; the demo")
-    parser.add_argument("--batch", default="1,16", help="batch sizes (1,16)")
-    parser.add_argument("--steps", type=int, default=50, help="steps of a timed chain (50)")
-    parser.add_argument("--rounds", type=int, default=5, help="chains of each variant (5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    parser.add_argument("--dtype", default="fp32", choices=[*DTYPES, "auto"], help="precision of the network (fp32)")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="also time the compiled variants"
-    )
-    parser.add_argument("--out", type=Path, default=OUT, help="directory of bench.json (bench/out)")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 for a bad argument, 130 after Ctrl-C; `gpu` has its own."""
+    """Exit code: 0, 2 for a bad argument, 130 after Ctrl-C; some commands have others of their own."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
     try:
-        if arguments[:1] == ["gpu"]:
-            from bench import gpu
-
-            return gpu.main(arguments[1:])
-        if arguments[:1] == ["roofline"]:
-            from bench import roofline
-
-            return roofline.main(arguments[1:])
-        if arguments[:1] == ["cpu"]:
-            from bench import cpu
-
-            return cpu.main(arguments[1:])
-        return run(make_parser().parse_args(arguments))
+        return importlib.import_module(f"bench.{name}").main(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,57 +46,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def settings(options: argparse.Namespace) -> list[Setting]:
-    """One per batch size.
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a network."""
+    parser.add_argument("checkpoint", nargs="?", help="what `ddpm.load` takes; the demo by default")
+    parser.add_argument(
+        "--arch", metavar="NAME", help=f"instead, random weights of: {', '.join(ARCHITECTURES)}; nothing is downloaded"
+    )
+    parser.add_argument(
+        "-o",
+        "--option",
+        dest="options",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="what the checkpoint's file does not say, such as image_size=64; repeatable",
+    )
+
+
+def open_source(options: argparse.Namespace, folder: Path) -> Source:
+    """The network that the arguments name; what has to be written for it goes to `folder`.
 
     Raises:
-        ValueError: a bad argument.
+        ValueError: two, or none of this name.
     """
-    batches = parse_batches(options.batch)
-    check_options(options, "steps", "rounds")
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
-    source = options.checkpoint or DEMO
-    checkpoint = load_checkpoint(source)
-    total = checkpoint.schedule.num_train_timesteps
-    if options.steps > total:
-        raise ValueError(f"--steps {options.steps} is more than the {total} steps of {source}")
-    name = Path(source).name
-    return [Setting(checkpoint, name, device, dtype, batch, options.steps, options.rounds) for batch in batches]
+    if options.arch is None:
+        return checkpoint_source(options.checkpoint or str(DEMO), parse_options(options.options), folder)
+    if options.checkpoint is not None or options.options:
+        raise ValueError(
+            f"--arch {options.arch} takes the place of a checkpoint and its options; give one or the other"
+        )
+    return random_source(options.arch, folder)
+
+
+def parse_numbers(name: str, text: str) -> list[int]:
+    """ "1,16" -> [1, 16].
+
+    Raises:
+        ValueError: anything but positive integers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--{name} {text!r}: expected positive integers, such as 1,16")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def parse_names(name: str, text: str, known: Sequence[str]) -> list[str]:
+    """ "a,b" -> ["a", "b"].
+
+    Raises:
+        ValueError: one that is not known.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if part not in known:
+            raise ValueError(f"--{name} {part!r} is not one of {', '.join(known)}")
+    return list(dict.fromkeys(parts))
 
 
 def check_options(options: argparse.Namespace, *numbers: str) -> None:
     """Raise ValueError where one of these, if given, is not positive, or --out is a file."""
     for name in numbers:
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected a positive integer")
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file; expected a directory")
-
-
-def measure(plan: list[Setting], compiled: bool) -> tuple[list[dict[str, Any]], dict[str, Any], bool]:
-    """The rows of these comparisons, the environment, and whether Ctrl-C ended them."""
-    device = plan[0].device
-    rows: list[dict[str, Any]] = []
-    interrupted = False
-    with GpuState(device) as gpu:
-        try:
-            for setting in plan:
-                compare(setting, compiled=compiled, gpu=gpu, deadline=Deadline(None), keep=rows.append)
-        except KeyboardInterrupt:
-            interrupted = True
-        return rows, describe_environment(device, gpu), interrupted
-
-
-def run(options: argparse.Namespace) -> int:
-    rows, environment, interrupted = measure(settings(options), options.compile)
-    path = write_json(options.out / "bench.json", {"schema": 1, "rows": rows, "environment": environment})
-    print_table(rows)
-    return finish(path, interrupted)
-
-
-def finish(path: Path, interrupted: bool) -> int:
-    """Say where the rows are; the exit code."""
-    print(f"{'interrupted; the finished rows are in ' if interrupted else ''}{path}")
-    return 130 if interrupted else 0

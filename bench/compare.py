@@ -1,200 +1,141 @@
-"""One comparison: every variant prepared and checked, then timed by turns."""
+"""`python -m bench compare OLD NEW`: what changed between two JSON files, beyond what runs of one code differ by.
+
+Two runs differ by what the machine did meanwhile, most of which is common to all variants of a run. So a variant of
+ours is compared relative to the rivals that both runs timed beside it, taking turns with it; and it has changed only
+where its range of rounds and the old one's, widened by the tolerance, do not meet.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import partial
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from bench.cli import Parser
+from bench.report import print_cells
+from bench.rows import VERSION, Row
 
-from bench.gpu_state import FIELDS, GpuState
-from bench.variants import Setting, expected_images, variants
-
-Row = dict[str, Any]
-
-# Largest |difference| from the images in IEEE float32. Beyond fp32 it catches wrong images, not rounding.
-BOUNDS = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 0.25, "bf16": 0.25}
-# NVML's energy counter moves in steps of up to 0.1 s.
-ENERGY_WINDOW_S = 1.0
-
-
-class Deadline:
-    """A moment after which nothing new is begun; never, for None seconds."""
-
-    def __init__(self, seconds: float | None):
-        self.end = None if seconds is None else time.monotonic() + seconds
-
-    @property
-    def passed(self) -> bool:
-        return self.end is not None and time.monotonic() > self.end
+KEY = ("checkpoint", "dtype", "batch", "steps", "variant")
+# What must be the same for two runs to be of one machine.
+MACHINE = ("gpu", "driver", "cpu", "threads", "torch", "triton", "diffusers", "openvino")
+COLUMNS = ("checkpoint", "dtype", "batch", "variant", "old ms", "new ms", "change", "verdict")
+LEFT = ("checkpoint", "dtype", "variant", "verdict")
+SLOWER, FASTER, SAME = "slower", "faster", "no difference"
+BROKEN, MENDED = "broken", "mended"
+DRIFTED = "no code of ours: the machine differs"
 
 
-def compare(
-    setting: Setting, *, compiled: bool, gpu: GpuState, deadline: Deadline, keep: Callable[[Row], None]
-) -> None:
-    """Hand a row for each variant to `keep`, also when Ctrl-C ends it: then for the variants with a whole round."""
-    rows = {name: empty_row(setting, name) for name in variants(setting, compiled)}
-    ready: dict[str, Any] = {}
-    try:
-        prepare(setting, compiled, deadline, rows, ready)
-        measure(setting, deadline, rows, ready)
-        measure_energy(setting, gpu, deadline, rows, ready)
-    finally:
-        add_speedups(rows)
-        for row in rows.values():
-            if row["status"] is not None:
-                keep(row)
-        # Compiled code of this setting, ours and diffusers', serves no later one: let its memory go.
-        torch._dynamo.reset()
-        ready.clear()
-        if setting.device.type == "cuda":
-            torch.cuda.empty_cache()
+@dataclass(frozen=True)
+class Change:
+    """Of one row. Attributes: old, new; ratio, new over old ms/step, the machine's drift taken out; verdict."""
+
+    old: Row
+    new: Row
+    ratio: float | None
+    verdict: str
 
 
-def empty_row(setting: Setting, variant: str) -> Row:
-    measured = ("ms_per_step", "p20", "p80", "max_abs_diff", "status", "steps_per_s", "speedup", "prepare_s")
-    return {
-        "variant": variant,
-        "batch": setting.batch,
-        **dict.fromkeys(measured),
-        "checkpoint": setting.name,
-        "dtype": setting.dtype,
-        "steps": setting.steps,
-        "rounds": 0,
-        "bound": BOUNDS[setting.dtype],
-        "compared_with": None,
-        **dict.fromkeys((*FIELDS, "energy_j_per_image", "energy_window_s")),
-    }
+def main(argv: list[str]) -> int:
+    """Exit code: 0; 1 where something is slower beyond the noise, or has no speed any more.
 
-
-def prepare(setting: Setting, compiled: bool, deadline: Deadline, rows: dict[str, Row], ready: dict[str, Any]) -> None:
-    """Fill `ready` with the variants that run and draw the right images."""
-    if deadline.passed:
-        for row in rows.values():
-            row["status"] = "skipped: out of time"
-        return
-    expected, who = expected_images(setting)
-    for name, make in variants(setting, compiled).items():
-        row = rows[name]
-        if deadline.passed:
-            row["status"] = "skipped: out of time"
-            continue
-        try:
-            row["prepare_s"], variant = timed(setting.device, partial(started, make))
-            row["max_abs_diff"] = difference(setting, name, variant, expected, who)
-        except Exception as error:  # whatever a variant fails with, the others go on
-            row["status"] = f"skipped: {reason(error)}"
-            continue
-        row["compared_with"] = who if row["max_abs_diff"] is not None else None
-        if row["max_abs_diff"] is not None and not row["max_abs_diff"] <= row["bound"]:
-            row["status"] = "numerics differ"
-        else:
-            ready[name] = variant
-
-
-def started(make: Callable[[], Any]) -> Any:
-    """A variant that has run one chain: loaded, compiled, captured, warm."""
-    variant = make()
-    variant.chain()
-    return variant
-
-
-def difference(setting: Setting, name: str, variant: Any, expected: Tensor, who: str) -> float | None:
-    """max |difference| of the images, None where there is nothing to compare with."""
-    if name == "diffusers":
-        if setting.is_half:
-            return None  # it also draws its noise in half precision, which gives other images
-        if setting.dtype == "fp32" and who.startswith("diffusers"):
-            return 0.0  # these are its images
-    found = float((variant.images() - expected).abs().max())
-    if found != found:
-        raise FloatingPointError("its images are NaN")
-    return found
-
-
-def measure(setting: Setting, deadline: Deadline, rows: dict[str, Row], ready: dict[str, Any]) -> None:
-    """Rounds of one chain each, a different variant first every time; rows hold the whole rounds.
-
-    A variant that fails on the way leaves `ready`.
+    Raises:
+        ValueError: a bad argument, a file that is no such report, or nothing in common.
     """
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    finished = 0
+    assert __doc__ is not None
+    parser = Parser(prog="python -m bench compare", description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=Path, metavar="OLD", help="JSON file of an earlier run")
+    parser.add_argument("new", type=Path, metavar="NEW", help="of a later one")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.05, help="a relative change of ms/step that is never called one (0.05)"
+    )
+    options = parser.parse_args(argv)
+    if not 0 <= options.tolerance < 1:
+        raise ValueError(f"--tolerance {options.tolerance}: expected a fraction from 0 up to 1, such as 0.05")
+    old, new = read(options.old), read(options.new)
+    changes = compare(old["rows"], new["rows"], options.tolerance)
+    if not changes:
+        raise ValueError(f"{options.old} and {options.new} have no row in common; run both with the same arguments")
+    for name in MACHINE:
+        before, after = old["environment"].get(name), new["environment"].get(name)
+        if before != after:
+            print(f"warning: {name} was {before} and is {after}; the runs are not of one machine and one software")
+    print_cells(COLUMNS, LEFT, [cells(change) for change in changes])
+    verdicts = [change.verdict for change in changes]
+    print(", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)))
+    return 1 if {SLOWER, BROKEN} & set(verdicts) else 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report of this version.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        while ready and finished < setting.rounds and not (finished and deadline.passed):
-            taken = one_round(setting, finished, rows, ready)
-            for name, seconds in taken.items():
-                times[name].append(1000 * seconds / setting.steps)
-            finished += 1
-    finally:
-        for name in ready if finished else ():
-            p20, median, p80 = (float(p) for p in np.percentile(times[name], (20, 50, 80)))
-            status = "ok" if finished == setting.rounds else f"stopped after {finished} of {setting.rounds} rounds"
-            rows[name] |= {"ms_per_step": median, "p20": p20, "p80": p80, "rounds": finished, "status": status}
-            rows[name]["steps_per_s"] = 1000 / median
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}); expected what python -m bench writes") from error
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != VERSION or "rows" not in content:
+        raise ValueError(f"{path} has schema {found}, expected {VERSION}; run python -m bench again to make one")
+    return content
 
 
-def one_round(setting: Setting, number: int, rows: dict[str, Row], ready: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a chain of each variant."""
-    names = list(ready)
-    first = number % len(names)
-    taken = {}
-    for name in names[first:] + names[:first]:
-        try:
-            taken[name] = timed(setting.device, ready[name].chain)[0]
-        except Exception as error:  # out of memory, say
-            rows[name]["status"] = f"skipped: {reason(error)}"
-            del ready[name]
-    return taken
+def compare(old: list[Row], new: list[Row], tolerance: float) -> list[Change]:
+    """Of the rows that both have, in the new one's order.
+
+    Args:
+        tolerance: relative.
+    """
+    before = {key(row): row for row in old}
+    pairs = [(before[key(row)], row) for row in new if key(row) in before]
+    return [change(first, second, drift(second, pairs), tolerance) for first, second in pairs]
 
 
-def measure_energy(
-    setting: Setting, gpu: GpuState, deadline: Deadline, rows: dict[str, Row], ready: dict[str, Any]
-) -> None:
-    """Chains without a pause for ENERGY_WINDOW_S per variant; the clocks are read at the end of it."""
-    for name, variant in ready.items():
-        if not gpu.available or deadline.passed:
-            return
-        before, chains, seconds = gpu.energy_j(), 0, 0.0
-        while seconds < ENERGY_WINDOW_S:
-            seconds += timed(setting.device, variant.chain)[0]
-            chains += 1
-        rows[name] |= gpu.read()
-        after = gpu.energy_j()
-        if before is not None and after is not None:
-            rows[name]["energy_j_per_image"] = (after - before) / (chains * setting.batch)
-            rows[name]["energy_window_s"] = seconds
+def key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
 
 
-def timed(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall-clock seconds of a call, with the device idle before and after, and its result."""
-    synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    synchronize(device)
-    return time.perf_counter() - start, result
+def is_ours(row: Row) -> bool:
+    return row["variant"].startswith("ours")
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def drift(row: Row, pairs: list[tuple[Row, Row]]) -> float:
+    """How much slower the machine was the second time: the median ratio of the rivals timed beside this row.
+
+    1 for a rival itself, which is code of others, and where no rival was timed.
+    """
+    if not is_ours(row):
+        return 1.0
+    beside = [(a, b) for a, b in pairs if not is_ours(b) and key(b)[:-1] == key(row)[:-1]]
+    ratios = [b["ms_per_step"] / a["ms_per_step"] for a, b in beside if a["ms_per_step"] and b["ms_per_step"]]
+    return statistics.median(ratios) if ratios else 1.0
 
 
-def add_speedups(rows: dict[str, Row]) -> None:
-    """Over diffusers in the same comparison."""
-    stock = rows.get("diffusers", {}).get("ms_per_step")
-    for row in rows.values():
-        if stock is not None and row["ms_per_step"] is not None:
-            row["speedup"] = stock / row["ms_per_step"]
+def change(old: Row, new: Row, machine: float, tolerance: float) -> Change:
+    """The verdict on one row; `machine` is the drift."""
+    if old["ms_per_step"] is None or new["ms_per_step"] is None:
+        missing = (old["ms_per_step"] is None, new["ms_per_step"] is None)
+        verdict = {(True, True): SAME, (False, True): BROKEN, (True, False): MENDED}[missing]
+        return Change(old, new, None, verdict)
+    ratio = new["ms_per_step"] / old["ms_per_step"] / machine
+    verdict = SAME
+    if new["p20"] / machine > old["p80"] * (1 + tolerance):
+        verdict = SLOWER
+    elif new["p80"] / machine < old["p20"] / (1 + tolerance):
+        verdict = FASTER
+    if not is_ours(new) and verdict != SAME:
+        verdict = DRIFTED
+    return Change(old, new, ratio, verdict)
 
 
-def reason(error: Exception) -> str:
-    """One line. Packages that are missing are named; other errors come with their type."""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name} is not installed"
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
-    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
+def cells(change: Change) -> list[str]:
+    def ms(row: Row) -> str:
+        return "-" if row["ms_per_step"] is None else f"{row['ms_per_step']:.3f}"
+
+    shift = "-" if change.ratio is None else f"{change.ratio - 1:+.1%}"
+    new = change.new
+    verdict = change.verdict if change.ratio is not None else f"{change.verdict}: {new['status']}"
+    return [new["checkpoint"], new["dtype"], str(new["batch"]), new["variant"], ms(change.old), ms(new), shift, verdict]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "diffusers", "openvino", "numpy", "safetensors", "nvidia-ml-py")
 
 
-def describe_environment(device: torch.device, gpu: GpuState) -> dict[str, Any]:
+def describe_environment(device: torch.device, gpu: GpuState, threads: int | None = None) -> dict[str, Any]:
     """Versions, hardware, commit, date; None for what is not installed or cannot be told."""
     on_gpu = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
@@ -30,7 +30,7 @@ def describe_environment(device: torch.device, gpu: GpuState) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "device": str(device),
         "gpu": properties.name if properties else None,
         "compute_capability": f"{properties.major}.{properties.minor}" if properties else None,

@@ -6,29 +6,46 @@ safetensors, and leaves out what else is missing.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.cli import DEMO, OUT, Parser, check_options
-from bench.compare import Deadline, compare
-from bench.environment import describe_environment
-from bench.gpu_state import GpuState
+from bench.architectures import DEMO
+from bench.cli import OUT, Parser, check_options
 from bench.gpu_tests import run_gpu_tests
-from bench.networks import save_random
-from bench.report import print_table, write_json
-from bench.variants import Setting
-from ddpm.checkpoints import load_checkpoint
+from bench.measure import Deadline, Plan
+from bench.report import print_report, write_json, write_page_of
+from bench.run import compare_all
+from bench.setting import Setting
+from bench.source import Source, checkpoint_source, random_source
 
-BATCHES = (1, 16)
-DTYPES = ("fp32", "tf32", "fp16")
+# (architecture, or None for the demo; dtype; batch), what matters most first: time may run out.
+COMPARISONS = (
+    ("cifar10-32", "fp16", 1),
+    ("cifar10-32", "fp16", 256),
+    ("cifar10-32", "fp32", 1),
+    (None, "fp32", 1),
+    ("cifar10-32", "fp16", 16),
+    ("ddpm-256", "fp16", 1),
+    ("ddpm-256", "fp16", 8),
+    ("cifar10-32", "tf32", 16),
+    (None, "fp16", 16),
+)
+# Not the slowest to compile, which would take the time of all others.
+VARIANTS = (
+    "ours-graph",
+    "ours-graph-compiled",
+    "ours-planned",
+    "ours-planned-compiled",
+    "diffusers",
+    "diffusers-compiled",
+)
 STEPS = 100
 ROUNDS = 5
+LIMIT_S = 120.0
 # The tests may take this share of the time; the comparisons get the rest.
 TESTS_SHARE = 0.5
 
@@ -39,60 +56,47 @@ def find_device() -> torch.device | None:
 
 def main(argv: list[str]) -> int:
     """Exit code: 0; 1 without a GPU, without a GPU test that ran, or with one that failed; 130 after Ctrl-C."""
+    assert __doc__ is not None
     parser = Parser(prog="python -m bench gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=OUT, help="directory of gpu.json (bench/out)")
     parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after this time (540)")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="also time the compiled variant"
-    )
     options = parser.parse_args(argv)
-    check_options(options)
+    check_options(options, "seconds")
     device = find_device()
     if device is None:
         print("error: torch finds no CUDA GPU here, and `bench gpu` needs one", file=sys.stderr)
         return 1
-    return run(options, device)
+    return run(options.out, options.seconds, device)
 
 
-def run(options: argparse.Namespace, device: torch.device) -> int:
-    deadline = Deadline(options.seconds)
-    rows: list[dict[str, Any]] = []
-    tests: dict[str, Any] | None = None
-    interrupted = False
-    path = options.out / "gpu.json"
-    with GpuState(device) as gpu, tempfile.TemporaryDirectory() as folder:
+def run(out: Path, seconds: float, device: torch.device) -> int:
+    deadline = Deadline(seconds)
+    out.mkdir(parents=True, exist_ok=True)
+    tests = run_gpu_tests(TESTS_SHARE * seconds)
+    print(summary(tests))
+    path = out / "gpu.json"
 
-        def save() -> None:  # after every part, so that a run cut short leaves its results
-            environment = describe_environment(device, gpu)
-            write_json(path, {"schema": 1, "tests": tests, "rows": rows, "environment": environment})
+    def save(content: dict[str, Any]) -> None:
+        write_json(path, content | {"kind": "gpu", "tests": tests})
 
-        try:
-            tests = run_gpu_tests(TESTS_SHARE * options.seconds)
-            print(summary(tests))
-            save()
-            for setting in settings(device, Path(folder)):
-                compare(setting, compiled=options.compile, gpu=gpu, deadline=deadline, keep=rows.append)
-                save()
-        except KeyboardInterrupt:
-            interrupted = True
-            save()
-    print_table(rows)
-    print(f"{'interrupted; the finished parts are in ' if interrupted else ''}{path}")
+    plan = Plan(out / "gpu.log", LIMIT_S, deadline, VARIANTS)
+    with tempfile.TemporaryDirectory() as folder:
+        content, interrupted = compare_all(settings(device, Path(folder)), plan, save)
+    print_report(content)
+    pages = write_page_of(path, "bench.run_page", content)
+    print(f"{'interrupted; the finished rows are in ' if interrupted else ''}{', '.join(map(str, (path, *pages)))}")
     return 130 if interrupted else exit_code(tests)
 
 
-def settings(device: torch.device, folder: Path) -> Iterator[Setting]:
-    """The demo at every precision, then the CIFAR-10 architecture with random weights."""
-    for name, source in networks(folder):
-        checkpoint = load_checkpoint(source)
-        for dtype in DTYPES:
-            for batch in BATCHES:
-                yield Setting(checkpoint, name, device, dtype, batch, STEPS, ROUNDS)
+def settings(device: torch.device, folder: Path) -> list[Setting]:
+    """Of COMPARISONS; what has to be written for them goes to `folder`."""
+    found = {name: source(name, folder / (name or "demo")) for name, _, _ in COMPARISONS}
+    return [Setting(found[name], device, dtype, batch, STEPS, ROUNDS) for name, dtype, batch in COMPARISONS]
 
 
-def networks(folder: Path) -> Iterator[tuple[str, Path]]:
-    yield DEMO.name, DEMO
-    yield "cifar10-32 (random weights)", save_random(folder / "cifar10-32")
+def source(name: str | None, folder: Path) -> Source:
+    folder.mkdir(exist_ok=True)
+    return checkpoint_source(str(DEMO), {}, folder) if name is None else random_source(name, folder)
 
 
 def summary(tests: dict[str, Any]) -> str:
@@ -103,6 +107,6 @@ def summary(tests: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def exit_code(tests: dict[str, Any] | None) -> int:
+def exit_code(tests: dict[str, Any]) -> int:
     """0 only where a GPU test ran and none failed."""
-    return 0 if tests and tests["passed"] and not tests["failed"] and not tests["problem"] else 1
+    return 0 if tests["passed"] and not tests["failed"] and not tests["problem"] else 1

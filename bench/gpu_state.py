@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-FIELDS = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "temperature_c")
+FIELDS = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "power_limit_w", "temperature_c", "throttling")
+# NVML's reasons for low clocks, by the names of its bits; idleness, and clocks that someone set, are left out.
+THROTTLES = {
+    "SwPowerCap": "power cap",
+    "HwSlowdown": "hardware slowdown",
+    "SwThermalSlowdown": "thermal (software)",
+    "HwThermalSlowdown": "thermal (hardware)",
+    "HwPowerBrakeSlowdown": "power brake",
+    "SyncBoost": "sync boost",
+}
+NO_THROTTLING = "none"
 
 
 class GpuState:
@@ -51,15 +62,17 @@ class GpuState:
     def available(self) -> bool:
         return self._handle is not None
 
-    def read(self) -> dict[str, float | None]:
-        """The readings at this moment, by FIELDS."""
+    def read(self) -> dict[str, Any]:
+        """The readings at this moment, by FIELDS; throttling is "none" or the reasons, joined by commas."""
         return {
             "sm_clock_mhz": self._read("SM clock", lambda n, h: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM)),
             "memory_clock_mhz": self._read("memory clock", lambda n, h: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_MEM)),
             "power_w": self._read("power", lambda n, h: n.nvmlDeviceGetPowerUsage(h) / 1000),
+            "power_limit_w": self._read("power limit", lambda n, h: n.nvmlDeviceGetEnforcedPowerLimit(h) / 1000),
             "temperature_c": self._read(
                 "temperature", lambda n, h: n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU)
             ),
+            "throttling": self._read("throttling", _throttling),
         }
 
     def energy_j(self) -> float | None:
@@ -80,6 +93,27 @@ class GpuState:
             if reason not in self.reasons:
                 self.reasons.append(reason)
             return None
+
+
+def summarize(readings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of readings while something ran: medians; the highest temperature; every reason for throttling that was seen."""
+    found: dict[str, Any] = {}
+    for name in FIELDS:
+        values = [reading[name] for reading in readings if reading[name] is not None]
+        if not values:
+            found[name] = None
+        elif name == "throttling":
+            reasons = {reason for value in values for reason in value.split(", ")} - {NO_THROTTLING}
+            found[name] = ", ".join(sorted(reasons)) or NO_THROTTLING
+        else:
+            found[name] = float(max(values) if name == "temperature_c" else np.median(values))
+    return found
+
+
+def _throttling(nvml: Any, handle: Any) -> str:
+    bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    found = [text for name, text in THROTTLES.items() if bits & getattr(nvml, f"nvmlClocksThrottleReason{name}")]
+    return ", ".join(found) or NO_THROTTLING
 
 
 def _handle(nvml: Any, device: torch.device) -> Any:

@@ -1,55 +1,91 @@
-"""The table on the terminal and the JSON file."""
+"""What a run leaves: tables on the terminal, a JSON file, a page."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.rows import FIELDS, Row
 from ddpm.files import write_whole
 
-COLUMNS = (
-    "checkpoint",
-    "dtype",
-    "batch",
-    "variant",
-    "ms/step",
-    "p20 .. p80",
-    "steps/s",
-    "speedup",
-    "max diff",
-    "status",
-)
-LEFT = ("checkpoint", "dtype", "variant", "status")
+# Columns of the tables, by field of a row; those that no row has a value for are left out.
+IDENTITY = ("variant", "dtype", "batch")
+SPEED = {
+    "ms_per_step": ".3f",
+    "p20": ".3f",
+    "p80": ".3f",
+    "steps_per_s": ".1f",
+    "image_steps_per_s": ".1f",
+    "images_per_s": ".3g",
+    "speedup": ".2f",
+    "max_abs_diff": ".1e",
+    "status": "",
+}
+COST = {
+    "load_s": ".1f",
+    "compile_s": ".1f",
+    "capture_s": ".2f",
+    "first_image_s": ".1f",
+    "peak_memory_mb": ".0f",
+    "launches_per_step": ".0f",
+    "tflops": ".3g",
+    "limit_ms": ".3f",
+    "share_of_limit": ".1%",
+    "energy_j_per_image": ".3g",
+    "sm_clock_mhz": ".0f",
+    "power_w": ".0f",
+    "power_limit_w": ".0f",
+    "temperature_c": ".0f",
+    "throttling": "",
+}
+LEFT = ("variant", "dtype", "status", "throttling")
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row's cells; a dash for what was not measured."""
-
-    def text(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    span = "-" if row["p20"] is None else f"{row['p20']:.3f} .. {row['p80']:.3f}"
-    return [
-        str(row["checkpoint"]),
-        str(row["dtype"]),
-        str(row["batch"]),
-        row["variant"],
-        text(row["ms_per_step"], ".3f"),
-        span,
-        text(row["steps_per_s"], ".1f"),
-        text(row["speedup"], ".2f") + ("x" if row["speedup"] is not None else ""),
-        text(row["max_abs_diff"], ".1e"),
-        row["status"],
-    ]
+def cell(row: Row, name: str, form: str) -> str:
+    """A dash for what was not measured."""
+    value = row[name]
+    return "-" if value is None else value if isinstance(value, str) else format(value, form)
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_report(content: dict[str, Any]) -> None:
+    """What a run measured, for people."""
+    rows = content["rows"]
     if not rows:
         print("no row is finished")
         return
-    print_cells(COLUMNS, LEFT, [cells(row) for row in rows])
+    for name in dict.fromkeys(row["checkpoint"] for row in rows):
+        print(f"{name}, chains of {rows[0]['steps']} steps; {device_line(content['environment'])}\n")
+        for columns in (SPEED, COST):
+            print_fields([row for row in rows if row["checkpoint"] == name], columns)
+            print()
+    for ceiling in content["ceilings"]:
+        rates = (
+            f"{ceiling['matmul_tflops']:.3g} TFLOP/s in matrix products, {ceiling['copy_gb_per_s']:.3g} GB/s in copies"
+        )
+        print(f"limit of this machine in {ceiling['dtype']}: {rates}")
+    for sentence in content["not_measured"]:
+        print(f"not measured: {sentence}")
+
+
+def device_line(environment: dict[str, Any]) -> str:
+    """The hardware that sampled, and torch."""
+    where = environment["gpu"] or f"{environment['threads']} threads of {environment['cpu']}"
+    return f"{where}, torch {environment['torch']}"
+
+
+def print_fields(rows: list[Row], columns: dict[str, str]) -> None:
+    """A table of these fields of the rows, by their titles."""
+    shown = [name for name in columns if any(row[name] is not None for row in rows)]
+    if not shown:
+        return
+    names = [*IDENTITY, *shown]
+    titles = {name: FIELDS[name]["title"] for name in names}
+    cells = [[cell(row, name, columns.get(name, "")) for name in names] for row in rows]
+    print_cells(list(titles.values()), [titles[name] for name in names if name in LEFT], cells)
 
 
 def print_cells(columns: Sequence[str], left: Sequence[str], rows: list[list[str]]) -> None:
@@ -91,3 +127,15 @@ def write_json(path: Path, content: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(text.encode()))
     return path
+
+
+def write_page_of(path: Path, module: str, content: dict[str, Any]) -> list[Path]:
+    """The page beside a JSON file, as `page(content)` of the module makes it; none, and a sentence, where what draws it
+    is not installed."""
+    try:
+        from bench.page import write_page
+
+        return [write_page(path.with_suffix(".html"), importlib.import_module(module).page(content))]
+    except ModuleNotFoundError as error:
+        print(f"no page is written: {error.name} is not installed", file=sys.stderr)
+        return []

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench.architectures import Architecture
-from bench.networks import unet_settings
+from ddpm.checkpoints.export import unet_settings
 from ddpm.devices import DTYPES
 from ddpm.fused import FusedNetwork, fuse
 from ddpm.fused.attention import attention_backend
@@ -299,7 +299,8 @@ def _diffusers(architecture: Architecture) -> tuple[Any, Any, str] | None:
     except ImportError:
         return None
     with META:
-        network = diffusers.UNet2DModel(**unet_settings(architecture.config)).eval()
+        settings = unet_settings(architecture.checkpoint(architecture.network()))
+        network = diffusers.UNet2DModel(**settings).eval()
     scheduler = diffusers.DDPMScheduler(variance_type=architecture.variance_type)
     scheduler.set_timesteps(CAPACITY)
     return network, scheduler, diffusers.__version__

@@ -1,0 +1,204 @@
+"""A variant that takes part, in a process of its own.
+
+Its memory, its compiler's state and its crash are then its own, its loading can be timed, and one that does not get
+ready in time can be stopped. The processes live side by side, so that the variants can take turns.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.setting import Setting
+from bench.variants import Make
+
+POLL_S = 0.05
+
+
+class Failed(Exception):
+    """A contestant is out; the text says why, in one line."""
+
+
+class Contestant:
+    """A variant in this process.
+
+    Args:
+        make: makes the variant.
+        setting: for which.
+    """
+
+    def __init__(self, make: Make, setting: Setting):
+        self.make, self.setting = make, setting
+        self.variant: Any = None
+
+    def load(self) -> float:
+        """Seconds to make the variant."""
+        begun = time.perf_counter()
+        self.variant = self.make(self.setting)
+        synchronize(self.setting.device)
+        return time.perf_counter() - begun
+
+    def warm(self) -> dict[str, float | None]:
+        """Run its first chains: compile_s and capture_s, see schema.json."""
+        first = self.chain()
+        capture_s = getattr(self.variant, "capture_s", None)
+        return {"compile_s": max(first - self.chain() - (capture_s or 0.0), 0.0), "capture_s": capture_s}
+
+    def chain(self) -> float:
+        """Seconds of one chain, with the device idle before and after."""
+        synchronize(self.setting.device)
+        begun = time.perf_counter()
+        self.variant.chain()
+        synchronize(self.setting.device)
+        return time.perf_counter() - begun
+
+    def images(self) -> np.ndarray:
+        """Drawn with the noise of all, float32 [N, C, H, W] in [0, 1]."""
+        return self.variant.images().numpy()
+
+    def launches_per_step(self) -> float | None:
+        """Kernels, copies and fills of a chain on the GPU, per step; None on the CPU."""
+        if self.setting.device.type != "cuda":
+            return None
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.chain()
+        on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return len(on_device) / self.setting.steps
+
+    def peak_memory_mb(self) -> float:
+        """The most memory that this process held so far, in 10^6 bytes: torch's on a GPU, else resident."""
+        if self.setting.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.setting.device) / 1e6
+        return peak_resident_bytes() / 1e6
+
+    def close(self) -> None:
+        """Let it go."""
+        self.variant = None
+
+
+class Remote:
+    """The same in a process of its own; methods as in Contestant, each raising Failed where that raises.
+
+    Args:
+        make, setting: see Contestant; both can be pickled.
+        log: what the process prints is appended to this file.
+        limit_s: until it is loaded and warm; the process is stopped when that takes longer. None: no limit.
+        waiting: called again and again while a chain runs.
+    """
+
+    def __init__(self, make: Make, setting: Setting, log: Path, limit_s: float | None = None):
+        self._end = math.inf if limit_s is None else time.monotonic() + limit_s
+        self._late = f"not ready after {limit_s:.0f} s" if limit_s is not None else ""
+        self.waiting: Callable[[], Any] = lambda: None
+        self._caches = tempfile.TemporaryDirectory()  # compilers begin from nothing, as at a first use
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA, nor OpenMP's threads
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, make, setting, log, self._caches.name)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def load(self) -> float:
+        return self._call("load")
+
+    def warm(self) -> dict[str, float | None]:
+        found = self._call("warm")
+        self._end = math.inf
+        return found
+
+    def chain(self) -> float:
+        return self._call("chain")
+
+    def images(self) -> np.ndarray:
+        return self._call("images")
+
+    def launches_per_step(self) -> float | None:
+        return self._call("launches_per_step")
+
+    def peak_memory_mb(self) -> float:
+        return self._call("peak_memory_mb")
+
+    def close(self) -> None:
+        self._connection.close()  # it then ends by itself, unless it is busy
+        self._process.join(5)
+        self._process.kill()
+        self._process.join()
+        self._caches.cleanup()
+
+    def _call(self, name: str) -> Any:
+        try:
+            self._connection.send(name)
+            while not self._connection.poll(POLL_S):
+                self.waiting()
+                if time.monotonic() > self._end:
+                    raise Failed(self._late)
+            succeeded, result = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join(10)
+            raise Failed(f"its process ended with code {self._process.exitcode}") from None
+        if not succeeded:
+            raise Failed(result)
+        return result
+
+
+def _serve(connection: Connection, make: Make, setting: Setting, log: Path, caches: str) -> None:
+    """The process: obey until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    with open(log, "ab", buffering=0) as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
+    if setting.threads is not None:
+        torch.set_num_threads(setting.threads)
+    contestant = Contestant(make, setting)
+    while True:
+        try:
+            name = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, getattr(contestant, name)())
+        except Exception as error:  # whatever a variant fails with, the others go on
+            traceback.print_exc()
+            answer = (False, reason(error))
+        connection.send(answer)
+
+
+def reason(error: Exception) -> str:
+    """One line. Packages that are missing are named; other errors come with their type."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed"
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. On Linux getrusage would answer for the process that it was started from, too."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,89 @@
+"""What the variants of one comparison share: network, noise, timesteps, conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.source import Source
+from ddpm.checkpoints import Checkpoint
+from ddpm.devices import DTYPES
+from ddpm.steps import step_table
+
+NUMERICS_SEED = 1234
+LOW_RES = 4  # a super-resolution network is given images smaller by this factor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison. It is sent to other processes, and each reads the network from the disk.
+
+    Attributes:
+        source: of the network.
+        device, dtype: of the network; dtype is a key of ddpm.devices.DTYPES.
+        batch, steps: of a chain, which is ancestral ("ddpm") whatever the checkpoint's default is.
+        rounds: chains that each variant runs while timed.
+        threads: of torch on the CPU; None leaves torch its own number.
+    """
+
+    source: Source
+    device: torch.device
+    dtype: str
+    batch: int
+    steps: int
+    rounds: int
+    threads: int | None = None
+
+    @property
+    def is_half(self) -> bool:
+        return DTYPES[self.dtype].itemsize == 2
+
+
+def state_shape(setting: Setting, checkpoint: Checkpoint) -> tuple[int, int, int, int]:
+    """Of x_t: (N, C, H, W)."""
+    return (setting.batch, checkpoint.image_channels, *checkpoint.sample_size)
+
+
+def timesteps(setting: Setting, checkpoint: Checkpoint) -> list[int]:
+    """Of the chain, as the checkpoint's family spaces them."""
+    return step_table(checkpoint.schedule, checkpoint.rules, setting.steps, sampler="ddpm").timesteps.tolist()
+
+
+def conditions(checkpoint: Checkpoint, n: int) -> dict[str, Any]:
+    """Of `Sampler.sample` for n images: class 0 for all, or grey ones to enlarge, where the network asks for that."""
+    network, (height, width) = checkpoint.network, checkpoint.sample_size
+    found: dict[str, Any] = {}
+    if network.conditional:
+        _, _, found["labels"], _ = network.example(n, height, width)
+    if network.condition_channels and not network.self_condition:
+        small = (height // LOW_RES, width // LOW_RES)
+        found["low_res"] = torch.zeros(n, network.condition_channels, *small)
+    return found
+
+
+def reference_network(setting: Setting, checkpoint: Checkpoint) -> Callable[[Tensor, Tensor], Tensor]:
+    """network(x_t, t) of the reference network, on the setting's device, under the same conditions.
+
+    Raises:
+        ValueError: it also sees the x_0 of the step before, which the textbook loop does not hand on.
+    """
+    network, n = checkpoint.network.to(setting.device), setting.batch
+    if network.self_condition:
+        raise ValueError("the textbook loop does not run a self-conditioned network")
+    _, _, labels, condition = network.example(n, *checkpoint.sample_size)
+    labels, condition = (None if t is None else t.to(setting.device) for t in (labels, condition))
+    return lambda x, t: network(x, t, labels, condition)
+
+
+def numerics_generator() -> torch.Generator:
+    """The noise by which variants are compared, drawn on the CPU in float32: x_T, then one draw for every t > 0."""
+    return torch.Generator().manual_seed(NUMERICS_SEED)
+
+
+def to_unit(x_0: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1], with the pipeline's own arithmetic."""
+    return (x_0 / 2 + 0.5).clamp(0, 1)

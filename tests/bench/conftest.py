@@ -1,0 +1,54 @@
+"""A tiny checkpoint; and contestants in this process, where tests can reach them, and start at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench.limits
+import bench.measure
+from bench.contestant import Contestant, Failed, reason
+from bench.measure import Plan
+from bench.setting import Setting
+from bench.source import Source
+from bench.variants import Make
+from tests.helpers import save_tiny
+
+
+class Here:
+    """A Contestant whose errors are Failed, as those from another process are."""
+
+    def __init__(self, make: Make, setting: Setting, plan: Plan):
+        self.contestant = Contestant(make, setting)
+
+    def __getattr__(self, name: str) -> Any:
+        def call() -> Any:
+            try:
+                return getattr(self.contestant, name)()
+            except Exception as error:
+                raise Failed(reason(error)) from error
+
+        return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny_setting(tiny: Path) -> Setting:
+    """Two images, two steps, one round."""
+    source = Source("tiny", str(tiny), stock=str(tiny))
+    return Setting(source, torch.device("cpu"), "fp32", batch=2, steps=2, rounds=1)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants in this process, and ceilings measured in no time."""
+    monkeypatch.setattr(bench.measure, "enter", Here)
+    monkeypatch.setattr(bench.limits, "SIZES", {"cpu": (64, 2**16), "cuda": (64, 2**16)})
+    monkeypatch.setattr(bench.limits, "WINDOW_S", 1e-3)

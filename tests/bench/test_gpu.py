@@ -1,0 +1,124 @@
+"""`python -m bench gpu`, with the CPU in the place of a GPU, on the tiny checkpoint, and with pytest's report given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+import bench.gpu
+import bench.gpu_tests
+import bench.run
+from bench.architectures import ARCHITECTURES
+from bench.cli import main
+from bench.rows import SCHEMA
+from bench.source import Source
+from bench.variants import NAMES
+
+CPU = torch.device("cpu")
+PASSED = '<testcase classname="a" name="passes"/>'
+SKIPPED = '<testcase classname="a" name="skips"><skipped/></testcase>'
+FAILED = '<testcase classname="a" name="fails"><failure/></testcase>'
+
+
+@pytest.fixture
+def run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None
+) -> Callable[..., tuple[int, dict[str, Any]]]:
+    monkeypatch.setattr(bench.gpu, "find_device", lambda: CPU)
+    monkeypatch.setattr(bench.gpu, "source", lambda name, folder: Source("tiny", str(tiny), stock=str(tiny)))
+    monkeypatch.setattr(bench.gpu, "COMPARISONS", ((None, "fp32", 1), ("cifar10-32", "tf32", 1)))
+    monkeypatch.setattr(bench.gpu, "VARIANTS", ("ours-eager", "diffusers"))
+    monkeypatch.setattr(bench.gpu, "STEPS", 2)
+    monkeypatch.setattr(bench.gpu, "ROUNDS", 1)
+
+    def call(cases: str, *options: str, problem: str | None = None) -> tuple[int, dict[str, Any]]:
+        def run_pytest(junit: Path, seconds: float) -> str | None:
+            junit.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+            return problem
+
+        monkeypatch.setattr(bench.gpu_tests, "run_pytest", run_pytest)
+        code = main(["gpu", "--out", str(tmp_path), *options])
+        content = json.loads((tmp_path / "gpu.json").read_text())
+        jsonschema.validate(content, SCHEMA)
+        return code, content
+
+    return call
+
+
+def test_what_is_compared() -> None:
+    assert {name for name, _, _ in bench.gpu.COMPARISONS} <= {None, *ARCHITECTURES}
+    assert set(bench.gpu.VARIANTS) <= set(NAMES)
+
+
+def test_a_run(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    code, content = run(PASSED + SKIPPED)
+    assert code == 0
+    assert content["kind"] == "gpu"
+    counts = {name: content["tests"][name] for name in ("passed", "failed", "skipped")}
+    assert counts == {"passed": 1, "failed": 0, "skipped": 1}
+    rows = {(row["dtype"], row["variant"]): row for row in content["rows"]}
+    assert rows["fp32", "ours-eager"]["status"] == "ok"
+    assert rows["tf32", "ours-eager"]["status"].startswith("skipped: dtype 'tf32' exists on a GPU only")
+    assert "GPU tests: 1 passed, 0 failed, 1 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cases", "problem"), [("", None), (SKIPPED, None), (PASSED + FAILED, None), (PASSED, "stopped after 1 s")]
+)
+def test_without_passing_tests(run: Callable[..., Any], cases: str, problem: str | None) -> None:
+    code, content = run(cases, "--seconds", "1e-9", problem=problem)
+    assert code == 1
+    assert content["tests"]["problem"] == problem
+    assert {row["status"] for row in content["rows"]} == {"skipped: out of time"}
+
+
+def test_interrupted(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.run, "expected_images", interrupted)
+    code, content = run(PASSED)
+    assert code == 130
+    assert content["tests"]["passed"] == 1
+    assert content["rows"] == []
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["gpu"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: torch finds no CUDA GPU here, and `bench gpu` needs one\n"
+
+
+def test_counts_of_a_real_pytest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.gpu_tests, "ROOT", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert 0\n"
+        "def test_skips(): pytest.skip('why')\n"
+    )
+    (tmp_path / "test_b.py").write_text("def test_of_the_cpu(): pass\n")
+    (tmp_path / "test_c.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'diffusers'\", name='diffusers')\n"
+    )
+    (tmp_path / "test_d.py").write_text("import no_such_module_of_ours\n")
+    found = bench.gpu_tests.run_gpu_tests(60)
+    assert found == {
+        "passed": 1,
+        "failed": 2,
+        "skipped": 1,
+        "failures": ["test_d (not importable)", "test_a::test_fails"],
+        "not_collected": ["test_c (diffusers is not installed)"],
+        "problem": None,
+    }
+    assert bench.gpu_tests.run_gpu_tests(0.01)["problem"] == "stopped after 0 s"

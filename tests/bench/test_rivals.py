@@ -1,0 +1,152 @@
+"""Networks by name and from files, and what the rivals draw."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.architectures import ARCHITECTURES, Architecture
+from bench.ours import Ours, PlainPyTorch, Reference
+from bench.rivals import Diffusers, DiffusersCompiled, OpenVINO, float32_noise
+from bench.setting import Setting, numerics_generator, timesteps
+from bench.source import Source, checkpoint_source, random_source
+from ddpm.lucidrains import LucidrainsConfig
+from ddpm.unet import UNetConfig
+from tests.helpers import save_tiny
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
+
+SMALL = UNetConfig(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    down_attention=(False, False),
+    up_attention=(False, False),
+    norm_num_groups=4,
+    mid_norm_num_groups=4,
+    attention_head_dim=8,
+    sample_size=(8, 8),
+)
+GUIDED = replace(
+    SMALL,
+    out_channels=6,
+    down_resample=("resnet", "resnet"),
+    up_resample=("resnet", "resnet"),
+    scale_shift=True,
+    class_embedding="table",
+    num_class_embeds=10,
+)
+
+
+@pytest.fixture
+def architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones, by name."""
+    lucid = LucidrainsConfig(dim=8, dim_mults=(1, 2), full_attention=(False, True))
+    entries = (
+        Architecture("small", "nowhere", SMALL, 8, "fixed_large", 0),
+        Architecture("guided", "nowhere", GUIDED, 8, "learned_range", 0),
+        Architecture("lucid", "nowhere", lucid, 8, "fixed_small", 0),
+    )
+    for entry in entries:
+        monkeypatch.setitem(ARCHITECTURES, entry.name, entry)
+
+
+def setting(source: Source, steps: int = 5) -> Setting:
+    return Setting(source, CPU, "fp32", batch=2, steps=steps, rounds=1)
+
+
+@pytest.mark.parametrize("name", ["small", "guided", "lucid"])
+def test_everyone_draws_the_references_images(name: str, architectures: None, tmp_path: Path) -> None:
+    source = random_source(name, tmp_path)
+    assert source.name == f"{name} (random weights)"
+    expected = Reference(setting(source)).images()
+    others = [Ours(setting(source), compiled=False), Ours(setting(source), compiled=False, plain=True)]
+    others.append(PlainPyTorch(setting(source)))
+    if name == "lucid":
+        assert source.stock is None
+        with pytest.raises(ValueError, match="network of another graph"):
+            Diffusers(setting(source))
+    else:
+        others.append(Diffusers(setting(source)))
+    for variant in others:
+        assert (variant.images() - expected).abs().max() <= 1e-4, type(variant)
+        variant.chain()
+
+
+def test_random_weights_are_the_same_every_time(architectures: None, tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    a, b = (random_source("small", tmp_path / folder).load().network.state_dict() for folder in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_checkpoint_of_diffusers_is_its_own_stock(tiny: Path, tmp_path: Path) -> None:
+    source = checkpoint_source(str(tiny), {}, tmp_path)
+    assert (source.name, source.stock) == (tiny.name, str(tiny))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_spacing_is_walked_by_all(tmp_path: Path) -> None:
+    """A directory of DDIM, trailing: the chain is ancestral all the same, over the same timesteps."""
+    path = save_tiny(tmp_path / "trailing", timestep_spacing="trailing")
+    s = setting(checkpoint_source(str(path), {}, tmp_path), steps=7)
+    stock = Diffusers(s)
+    images = stock.images()
+    assert stock.pipe.scheduler.timesteps.tolist() == timesteps(s, s.source.load())
+    assert (images - Reference(s).images()).abs().max() <= 1e-4
+
+
+@needs_compiler
+def test_compiled_diffusers_has_frozen_weights(architectures: None, tmp_path: Path) -> None:
+    """It draws the pipeline's images, and its weights are constants."""
+    s = setting(random_source("small", tmp_path), steps=2)
+    variant = DiffusersCompiled(s)
+    images = variant.images()
+    assert (images - Diffusers(s).images()).abs().max() <= 1e-4
+    for weight in variant.pipe.unet.parameters():
+        if weight.ndim == 4:  # packed for oneDNN; small ones are read where they lie
+            weight.data.zero_()
+    assert torch.equal(variant.images(), images)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+def test_openvino_draws_the_pipelines_images(tiny_setting: Setting) -> None:
+    difference = OpenVINO(tiny_setting).images() - Diffusers(tiny_setting).images()
+    assert 0 < difference.abs().max() <= 1e-4  # equal would mean that it did not run
+
+
+def test_half_of_the_pipeline_is_judged_with_float32_noise(tiny_setting: Setting) -> None:
+    from diffusers.pipelines.ddpm import pipeline_ddpm
+    from diffusers.schedulers import scheduling_ddpm
+
+    for module in (pipeline_ddpm, scheduling_ddpm):
+        with float32_noise():
+            drawn = module.randn_tensor((2, 3), generator=numerics_generator(), dtype=torch.float16)
+        assert drawn.dtype == torch.float16
+        assert torch.equal(drawn, torch.randn(2, 3, generator=numerics_generator()).half())
+    half = Diffusers(replace(tiny_setting, dtype="bf16"))
+    assert 0 < (half.images() - Diffusers(tiny_setting).images()).abs().max() <= 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_gpu_variants_draw_the_references_images(dtype: str, architectures: None, tmp_path: Path) -> None:
+    from bench.rows import BOUNDS
+    from bench.variants import variants
+
+    s = replace(setting(random_source("small", tmp_path)), device=torch.device("cuda", 0), dtype=dtype)
+    expected = Reference(s).images()
+    for name, make in variants(s).items():
+        assert (make(s).images() - expected).abs().max() <= BOUNDS[dtype], name
+
+
+def test_unknown_architecture(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no architecture is called 'x'"):
+        random_source("x", tmp_path)
