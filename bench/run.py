@@ -27,7 +27,7 @@ from bench.variants import NAMES
 from ddpm.devices import DTYPES, resolve_device, resolve_dtype
 
 # By device: batch sizes, precisions, steps of a timed chain, rounds. On two CPU cores all of it takes minutes.
-DEFAULTS = {"cpu": ("1,16", "fp32", 20, 9), "cuda": ("1,16,256", "fp32,fp16", 100, 9)}
+DEFAULTS = {"cpu": ("1,4", "fp32", 20, 9), "cuda": ("1,16,256", "fp32,fp16", 100, 9)}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what is measured, and where the results go."""
-    parser.add_argument("--batch", metavar="SIZES", help="batch sizes (1,16; on a GPU 1,16,256)")
+    parser.add_argument("--batch", metavar="SIZES", help="batch sizes (1,4; on a GPU 1,16,256)")
     parser.add_argument("--dtype", metavar="NAMES", help=f"precisions, of {', '.join(DTYPES)} (fp32; GPU: fp32,fp16)")
     parser.add_argument("--steps", type=int, help="steps of a timed chain (20; on a GPU 100)")
     parser.add_argument("--rounds", type=int, help="timed chains of each variant (9)")
