@@ -35,8 +35,8 @@ _A2, _B2 = _A * _A, _B * _B
 
 # Below this many pixels of all images the transformed weights, four times the bytes, cost more than the products save.
 LEAST_PIXELS = 256
-# Narrower layers spend their time in the transforms.
-LEAST_CHANNELS = 32
+# Narrower layers spend their time in the transforms, and each shape of them takes seconds to compile.
+LEAST_CHANNELS = 128
 # Of the machine's memory, for the transformed weights of one compiled step: a sampler keeps several.
 MEMORY_SHARE = 1 / 16
 

@@ -130,6 +130,7 @@ def test_another_layers_weight_is_refused() -> None:
 
 
 def test_the_rule() -> None:
+    assert not chooses_winograd(1, 32, 32, 64, 128)  # the transforms cost what the products save
     assert chooses_winograd(1, 32, 32, 128, 128)
     assert chooses_winograd(1, 16, 16, 512, 256)
     assert not chooses_winograd(1, 8, 8, 256, 256)  # four times the bytes of weights, for four tiles
@@ -142,6 +143,12 @@ def test_bytes() -> None:
     points = transform_weight(kernel(24, 10))
     assert points.dtype == torch.float32
     assert winograd_bytes(10, 24) == points.numel() * points.element_size() == 4 * kernel(24, 10).numel() * 4
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks take the form too."""
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 32)
 
 
 # In a network: 32 channels at 16 x 16 take the form, and the level below is too small for one image.
@@ -172,6 +179,7 @@ def features(*channels: int, row: int | None = None) -> Features:
         ((32,), {"resample": "up", "shortcut": 40}, {"residual": 40}),
     ],
 )
+@pytest.mark.usefixtures("narrow")
 def test_a_layer_gives_the_same_in_this_form(
     channels: tuple[int, ...], options: dict[str, Any], arguments: dict[str, Any]
 ) -> None:
@@ -195,6 +203,7 @@ def test_a_layer_gives_the_same_in_this_form(
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": (0, 1)}, {"dtype": torch.float16}, {"kernel": 1}])
+@pytest.mark.usefixtures("narrow")
 def test_a_layer_of_another_kind_does_not_take_it(options: dict[str, Any]) -> None:
     weight = make(48, 32, 1, 1) if options.pop("kernel", 3) == 1 else kernel(48, 32)
     layer = Convolution(weight, None, options.pop("dtype", torch.float32), **options)
@@ -204,6 +213,7 @@ def test_a_layer_of_another_kind_does_not_take_it(options: dict[str, Any]) -> No
 
 
 @needs_compiler
+@pytest.mark.usefixtures("narrow")
 def test_a_compiled_sampler_takes_it_and_draws_the_same_images(tmp_path: Path) -> None:
     path = save_tiny(tmp_path, WIDE)
     plain, fast = (ddpm.load(path, device="cpu", compile=choice) for choice in (False, True))
@@ -224,6 +234,7 @@ def test_a_compiled_sampler_takes_it_and_draws_the_same_images(tmp_path: Path) -
 
 
 @needs_compiler
+@pytest.mark.usefixtures("narrow")
 def test_weights_of_a_module_of_ones_own_stay_live() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
@@ -248,6 +259,7 @@ def test_weights_of_a_module_of_ones_own_stay_live() -> None:
     torch.testing.assert_close(draw(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_it_is_left_where_its_weights_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     network = wide_network()
     cpu = torch.device("cpu")
@@ -264,11 +276,13 @@ def test_it_is_left_where_its_weights_would_fill_the_memory(monkeypatch: pytest.
     assert not any(path.path.startswith("Winograd") for path in network.explain(cpu, 1, 16, 16, compiled=True))
 
 
+@pytest.mark.usefixtures("narrow")
 def test_it_is_for_the_cpu() -> None:
     network = wide_network()
     assert not network.allows_winograd(torch.device("cuda"), 1, 16, 16)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_containers_limit_is_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(devices, "CONTAINER_LIMIT", limit)
@@ -279,6 +293,7 @@ def test_a_containers_limit_is_the_memory(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @needs_compiler
+@pytest.mark.usefixtures("narrow")
 def test_a_sampler_that_is_gone_leaves_no_weights_behind(tmp_path: Path) -> None:
     from torch._inductor.codecache import PyCodeCache
 
