@@ -63,19 +63,20 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_source(options: argparse.Namespace, folder: Path) -> Source:
-    """The network that the arguments name; what has to be written for it goes to `folder`.
+def open_source(options: argparse.Namespace, folder: Path, *, rivals: bool = True) -> Source:
+    """The network that the arguments name; what has to be written for it, and for the rivals, goes to `folder`.
 
     Raises:
         ValueError: two, or none of this name.
     """
     if options.arch is None:
-        return checkpoint_source(options.checkpoint or str(DEMO), parse_options(options.options), folder)
+        given = parse_options(options.options)
+        return checkpoint_source(options.checkpoint or str(DEMO), given, folder if rivals else None)
     if options.checkpoint is not None or options.options:
         raise ValueError(
             f"--arch {options.arch} takes the place of a checkpoint and its options; give one or the other"
         )
-    return random_source(options.arch, folder)
+    return random_source(options.arch, folder, rivals=rivals)
 
 
 def parse_numbers(name: str, text: str) -> list[int]:
@@ -104,10 +105,18 @@ def parse_names(name: str, text: str, known: Sequence[str]) -> list[str]:
 
 
 def check_options(options: argparse.Namespace, *numbers: str) -> None:
-    """Raise ValueError where one of these, if given, is not positive, or --out is a file."""
+    """Make the directory --out.
+
+    Raises:
+        ValueError: one of these numbers, if given, is not positive; or there can be no such directory.
+    """
     for name in numbers:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file; expected a directory")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"--out {options.out} is a file; expected a directory") from error
+    except OSError as error:
+        raise ValueError(f"--out {options.out} cannot be made ({error.strerror}); name another directory") from error

@@ -6,6 +6,7 @@ ready in time can be stopped. The processes live side by side, so that the varia
 
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from bench.setting import Setting
 from bench.variants import Make
 
 POLL_S = 0.05
+# NVML's energy counter moves in steps of up to 0.1 s, at both ends of the window.
+ENERGY_WINDOW_S = 3.0
 
 
 class Failed(Exception):
@@ -43,9 +47,12 @@ class Contestant:
     def __init__(self, make: Make, setting: Setting):
         self.make, self.setting = make, setting
         self.variant: Any = None
+        self.waiting: Callable[[], Any] = lambda: None  # nobody waits
 
     def load(self) -> float:
-        """Seconds to make the variant."""
+        """Seconds to make the variant; its packages are imported before."""
+        for name in getattr(getattr(self.make, "func", self.make), "packages", ()):
+            importlib.import_module(name)
         begun = time.perf_counter()
         self.variant = self.make(self.setting)
         synchronize(self.setting.device)
@@ -55,7 +62,10 @@ class Contestant:
         """Run its first chains: compile_s and capture_s, see schema.json."""
         first = self.chain()
         capture_s = getattr(self.variant, "capture_s", None)
-        return {"compile_s": max(first - self.chain() - (capture_s or 0.0), 0.0), "capture_s": capture_s}
+        compile_s = max(first - self.chain() - (capture_s or 0.0), 0.0)
+        if self.setting.device.type == "cuda":
+            torch.cuda.empty_cache()  # the others need memory too
+        return {"compile_s": compile_s, "capture_s": capture_s}
 
     def chain(self) -> float:
         """Seconds of one chain, with the device idle before and after."""
@@ -65,9 +75,25 @@ class Contestant:
         synchronize(self.setting.device)
         return time.perf_counter() - begun
 
+    def chains(self) -> tuple[int, float]:
+        """Chains without a pause for ENERGY_WINDOW_S: how many, and their seconds."""
+        begun, count, seconds = time.perf_counter(), 0, 0.0
+        while seconds < ENERGY_WINDOW_S:
+            self.chain()
+            count, seconds = count + 1, time.perf_counter() - begun
+        return count, seconds
+
+    def noise(self) -> str:
+        """That the images are drawn with, "seeds" or "generator"; see `bench.ours`."""
+        return getattr(self.variant, "noise", "generator")
+
     def images(self) -> np.ndarray:
-        """Drawn with the noise of all, float32 [N, C, H, W] in [0, 1]."""
+        """float32 [N, C, H, W] in [0, 1]."""
         return self.variant.images().numpy()
+
+    def seeded_images(self) -> np.ndarray:
+        """The same with the noise of seeds; of the reference."""
+        return self.variant.seeded_images().numpy()
 
     def launches_per_step(self) -> float | None:
         """Kernels, copies and fills of a chain on the GPU, per step; None on the CPU."""
@@ -78,7 +104,7 @@ class Contestant:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             self.chain()
         on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return len(on_device) / self.setting.steps
+        return len(on_device) / self.setting.steps or None  # none at all: the profiler is not permitted here
 
     def peak_memory_mb(self) -> float:
         """The most memory that this process held so far, in 10^6 bytes: torch's on a GPU, else resident."""
@@ -86,29 +112,38 @@ class Contestant:
             return torch.cuda.max_memory_reserved(self.setting.device) / 1e6
         return peak_resident_bytes() / 1e6
 
+    def is_ready(self) -> None:
+        """Nothing more has to be done before it is timed."""
+
     def close(self) -> None:
         """Let it go."""
         self.variant = None
 
 
 class Remote:
-    """The same in a process of its own; methods as in Contestant, each raising Failed where that raises.
+    """The same in a process of its own; each method of Contestant raises Failed where that raises.
 
     Args:
         make, setting: see Contestant; both can be pickled.
         log: what the process prints is appended to this file.
-        limit_s: until it is loaded and warm; the process is stopped when that takes longer. None: no limit.
-        waiting: called again and again while a chain runs.
+        limit_s: to get ready, and again for each later call; a process that takes longer is stopped. None: no limit.
+        caches: directory of compilers' caches, kept; None gives it one of its own: compilers then begin from nothing.
+
+    Attributes:
+        waiting: called again and again while a call runs.
     """
 
-    def __init__(self, make: Make, setting: Setting, log: Path, limit_s: float | None = None):
-        self._end = math.inf if limit_s is None else time.monotonic() + limit_s
-        self._late = f"not ready after {limit_s:.0f} s" if limit_s is not None else ""
+    def __init__(
+        self, make: Make, setting: Setting, log: Path, limit_s: float | None = None, caches: Path | None = None
+    ):
+        self.limit_s = limit_s
         self.waiting: Callable[[], Any] = lambda: None
-        self._caches = tempfile.TemporaryDirectory()  # compilers begin from nothing, as at a first use
+        self._end: float | None = self._from_now()
+        self._busy = False
+        self._caches = None if caches else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA, nor OpenMP's threads
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, make, setting, log, self._caches.name)
+        arguments = (theirs, make, setting, log, str(caches or self._caches.name))
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -117,15 +152,22 @@ class Remote:
         return self._call("load")
 
     def warm(self) -> dict[str, float | None]:
-        found = self._call("warm")
-        self._end = math.inf
-        return found
+        return self._call("warm")
 
     def chain(self) -> float:
         return self._call("chain")
 
+    def chains(self) -> tuple[int, float]:
+        return self._call("chains")
+
+    def noise(self) -> str:
+        return self._call("noise")
+
     def images(self) -> np.ndarray:
         return self._call("images")
+
+    def seeded_images(self) -> np.ndarray:
+        return self._call("seeded_images")
 
     def launches_per_step(self) -> float | None:
         return self._call("launches_per_step")
@@ -133,21 +175,34 @@ class Remote:
     def peak_memory_mb(self) -> float:
         return self._call("peak_memory_mb")
 
+    def is_ready(self) -> None:
+        """From now on each call has the limit for itself."""
+        self._end = None
+
     def close(self) -> None:
         self._connection.close()  # it then ends by itself, unless it is busy
-        self._process.join(5)
+        self._process.join(0 if self._busy else 5)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # compilers that it started, too
         self._process.kill()
         self._process.join()
-        self._caches.cleanup()
+        if self._caches is not None:
+            self._caches.cleanup()
+
+    def _from_now(self) -> float:
+        return math.inf if self.limit_s is None else time.monotonic() + self.limit_s
 
     def _call(self, name: str) -> Any:
+        end = self._from_now() if self._end is None else self._end
         try:
             self._connection.send(name)
+            self._busy = True
             while not self._connection.poll(POLL_S):
                 self.waiting()
-                if time.monotonic() > self._end:
-                    raise Failed(self._late)
+                if time.monotonic() > end:
+                    raise Failed(f"{'not ready' if self._end is not None else 'no answer'} after {self.limit_s:.0f} s")
             succeeded, result = self._connection.recv()
+            self._busy = False
         except (EOFError, ConnectionError):
             self._process.join(10)
             raise Failed(f"its process ended with code {self._process.exitcode}") from None
@@ -158,7 +213,7 @@ class Remote:
 
 def _serve(connection: Connection, make: Make, setting: Setting, log: Path, caches: str) -> None:
     """The process: obey until the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    os.setsid()  # Ctrl-C is the parent's; and what this process starts can be ended with it
     with open(log, "ab", buffering=0) as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -182,7 +237,7 @@ def _serve(connection: Connection, make: Make, setting: Setting, log: Path, cach
 def reason(error: Exception) -> str:
     """One line. Packages that are missing are named; other errors come with their type."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name} is not installed"
+        return f"{error.name.partition('.')[0]} is not installed"
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     return (text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}")[:200]

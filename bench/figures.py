@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.page import Figure, Style
-from bench.rows import STEPS_OF_AN_IMAGE, Row
+from bench.rows import STEPS_OF_AN_IMAGE, Row, is_ours, is_timed
 
 DrawPanel = Callable[[Axes, Style], None]
 
@@ -66,14 +66,6 @@ def _draw_nothing(canvas: Canvas, style: Style) -> None:
 
 
 NOTHING = Figure(alt="No row is finished.", caption="", draw=_draw_nothing)
-
-
-def is_ours(variant: str) -> bool:
-    return variant.split("-")[0] == "ours"
-
-
-def is_timed(row: Row) -> bool:
-    return row["ms_per_step"] is not None
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:

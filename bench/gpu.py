@@ -17,31 +17,24 @@ from bench.architectures import DEMO
 from bench.cli import OUT, Parser, check_options
 from bench.gpu_tests import run_gpu_tests
 from bench.measure import Deadline, Plan
-from bench.report import print_report, write_json, write_page_of
 from bench.run import compare_all
-from bench.setting import Setting
+from bench.setting import Setting, chain_timesteps
 from bench.source import Source, checkpoint_source, random_source
 
-# (architecture, or None for the demo; dtype; batch), what matters most first: time may run out.
+CAPTURED = ("ours-graph", "ours-planned", "diffusers", "pytorch")
+COMPILED = ("ours-graph-compiled", "ours-planned-compiled", "diffusers-compiled")
+# (architecture, or None for the demo; dtype; batch; variants), what matters most first: time may run out. Compiled ones
+# take a minute each to get ready, and the slowest, max-autotune, would take the time of all others.
 COMPARISONS = (
-    ("cifar10-32", "fp16", 1),
-    ("cifar10-32", "fp16", 256),
-    ("cifar10-32", "fp32", 1),
-    (None, "fp32", 1),
-    ("cifar10-32", "fp16", 16),
-    ("ddpm-256", "fp16", 1),
-    ("ddpm-256", "fp16", 8),
-    ("cifar10-32", "tf32", 16),
-    (None, "fp16", 16),
-)
-# Not the slowest to compile, which would take the time of all others.
-VARIANTS = (
-    "ours-graph",
-    "ours-graph-compiled",
-    "ours-planned",
-    "ours-planned-compiled",
-    "diffusers",
-    "diffusers-compiled",
+    ("cifar10-32", "fp16", 1, (*CAPTURED, "ours-graph-compiled")),
+    ("cifar10-32", "fp16", 256, (*CAPTURED, "ours-graph-compiled")),
+    ("cifar10-32", "fp32", 1, CAPTURED),
+    ("cifar10-32", "fp16", 16, CAPTURED),
+    ("ddpm-256", "fp16", 1, CAPTURED),
+    ("ddpm-256", "fp16", 8, CAPTURED),
+    (None, "fp32", 1, CAPTURED),
+    (None, "tf32", 16, CAPTURED),
+    ("cifar10-32", "fp16", 1, COMPILED),
 )
 STEPS = 100
 ROUNDS = 5
@@ -71,27 +64,23 @@ def main(argv: list[str]) -> int:
 
 def run(out: Path, seconds: float, device: torch.device) -> int:
     deadline = Deadline(seconds)
-    out.mkdir(parents=True, exist_ok=True)
     tests = run_gpu_tests(TESTS_SHARE * seconds)
     print(summary(tests))
-    path = out / "gpu.json"
-
-    def save(content: dict[str, Any]) -> None:
-        write_json(path, content | {"kind": "gpu", "tests": tests})
-
-    plan = Plan(out / "gpu.log", LIMIT_S, deadline, VARIANTS)
     with tempfile.TemporaryDirectory() as folder:
-        content, interrupted = compare_all(settings(device, Path(folder)), plan, save)
-    print_report(content)
-    pages = write_page_of(path, "bench.run_page", content)
-    print(f"{'interrupted; the finished rows are in ' if interrupted else ''}{', '.join(map(str, (path, *pages)))}")
-    return 130 if interrupted else exit_code(tests)
+        # The variants' compilers share what they have: many are the same kernels, and time is short.
+        plan = Plan(out / "gpu.log", LIMIT_S, deadline, Path(folder) / "caches")
+        code = compare_all(settings(device, Path(folder)), plan, out / "gpu.json", {"kind": "gpu", "tests": tests})
+    return code or exit_code(tests)
 
 
 def settings(device: torch.device, folder: Path) -> list[Setting]:
     """Of COMPARISONS; what has to be written for them goes to `folder`."""
-    found = {name: source(name, folder / (name or "demo")) for name, _, _ in COMPARISONS}
-    return [Setting(found[name], device, dtype, batch, STEPS, ROUNDS) for name, dtype, batch in COMPARISONS]
+    sources = {name: source(name, folder / (name or "demo")) for name in dict.fromkeys(c[0] for c in COMPARISONS)}
+    chains = {name: chain_timesteps(found.load(), STEPS) for name, found in sources.items()}
+    return [
+        Setting(sources[name], device, dtype, batch, chains[name], ROUNDS, only=only)
+        for name, dtype, batch, only in COMPARISONS
+    ]
 
 
 def source(name: str | None, folder: Path) -> Source:

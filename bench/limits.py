@@ -72,8 +72,9 @@ def measure_ceiling(device: torch.device, dtype: str, threads: int | None = None
             copy = rate(device, lambda: target.copy_(source))
     finally:
         torch.set_num_threads(before)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    if device.type == "cuda":
+        del a, b, source, target
+        torch.cuda.empty_cache()
     return {
         "dtype": dtype,
         "matmul_tflops": 2 * side**3 * product / 1e12,

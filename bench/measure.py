@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -16,13 +16,10 @@ from bench.contestant import Contestant, Failed, Remote
 from bench.gpu_state import GpuState, summarize
 from bench.limits import Demand, limit_ms
 from bench.ours import Reference
-from bench.rows import STEPS_OF_AN_IMAGE, Row, add_rates, add_speedups, empty_row
+from bench.rows import STEPS_OF_AN_IMAGE, Row, add_rates, add_speedup, baseline, empty_row, is_timed
 from bench.setting import Setting
-from bench.variants import Make, baseline, variants
+from bench.variants import Make, variants
 from ddpm.run import progress_bar
-
-# NVML's energy counter moves in steps of up to 0.1 s.
-ENERGY_WINDOW_S = 1.0
 
 
 class Deadline:
@@ -35,22 +32,33 @@ class Deadline:
     def passed(self) -> bool:
         return self.end is not None and time.monotonic() > self.end
 
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until then; None for never."""
+        return None if self.end is None else max(self.end - time.monotonic(), 0.0)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How a comparison is made.
+    """How comparisons are made.
 
     Attributes:
         log: file for what the variants print.
         limit_s: a variant that takes longer to get ready is left out.
         deadline: after which nothing new is begun.
-        only: names of the variants wanted; empty for all.
+        caches: directory of compilers' caches that the variants share; None gives each an empty one.
     """
 
     log: Path
     limit_s: float | None = None
     deadline: Deadline = field(default_factory=lambda: Deadline(None))
-    only: tuple[str, ...] = ()
+    caches: Path | None = None
+
+
+T = TypeVar("T")
+
+# What a variant's images should be, by the noise that it is judged with; or why there is nothing to judge by.
+Expected: TypeAlias = dict[str, np.ndarray] | Failed
 
 
 class Comparison:
@@ -63,58 +71,56 @@ class Comparison:
     def __init__(self, setting: Setting, plan: Plan, gpu: GpuState, demand: Demand, ceilings: Iterable[dict[str, Any]]):
         self.setting, self.plan, self.gpu, self.demand = setting, plan, gpu, demand
         self.ceiling = next((c for c in ceilings if c["dtype"] == setting.dtype), None)
-        self.makes = variants(setting, plan.only)
+        self.makes = variants(setting)
         self.rows = {name: empty_row(setting, name) for name in self.makes}
         self.ready: dict[str, Contestant | Remote] = {}
 
-    def run(self, expected: np.ndarray | Failed, keep: Callable[[Row], None]) -> None:
-        """Hand a row for each variant to `keep`, also when Ctrl-C ends it: then for those with a whole round.
-
-        Args:
-            expected: the images that every variant should draw, or why there are none.
-        """
+    def run(self, expected: Expected, keep: Callable[[Row], None]) -> None:
+        """Hand a row for each variant to `keep`, also when Ctrl-C ends it: then for those with a whole round."""
         try:
             for name, make in self.makes.items():
                 self._prepare(name, make, expected)
             self._time()
             self._account()
         finally:
-            for contestant in self.ready.values():
-                contestant.close()
             for row in self.rows.values():
                 self._derive(row)
-            add_speedups(self.rows, baseline(self.rows))
             for row in self.rows.values():
+                add_speedup(row, baseline(self.rows.values()))
                 if row["status"] is not None:
                     keep(row)
+            for contestant in self.ready.values():
+                contestant.close()
 
-    def _prepare(self, name: str, make: Make, expected: np.ndarray | Failed) -> None:
+    def _prepare(self, name: str, make: Make, expected: Expected) -> None:
         """Into `ready`, if it gets ready and draws the right images."""
         row = self.rows[name]
         if self.plan.deadline.passed:
             row["status"] = "skipped: out of time"
             return
         begun = time.monotonic()
-        contestant = enter(make, self.setting, self.plan)
-        self.ready[name] = contestant
+        contestant = self.ready[name] = enter(make, self.setting, self.plan)
         try:
             row["load_s"] = contestant.load()
             row |= contestant.warm()
-            row["max_abs_diff"] = difference(contestant.images(), expected)
-            row["launches_per_step"] = contestant.launches_per_step()
+            row["peak_memory_mb"] = contestant.peak_memory_mb()
+            row["max_abs_diff"] = difference(contestant, expected)
+            contestant.is_ready()
+            if row["max_abs_diff"] > row["bound"]:
+                self._drop(name, "numerics differ")
         except Failed as error:
             self._drop(name, f"skipped: {error}")
-        if row["max_abs_diff"] is not None and row["max_abs_diff"] > row["bound"]:
-            self._drop(name, "numerics differ")
         setting, status = self.setting, row["status"] or f"ready after {time.monotonic() - begun:.0f} s"
         print(f"{setting.source.name}, {setting.dtype}, batch {setting.batch}: {name} {status}", file=sys.stderr)
 
     def _drop(self, name: str, status: str) -> None:
-        self.rows[name]["status"] = status
         self.ready.pop(name).close()
+        if "OutOfMemory" in status and self.ready:  # one at a time it might fit
+            status += f" (beside {len(self.ready)} others; --variants {name} runs it alone)"
+        self.rows[name]["status"] = status
 
     def _time(self) -> None:
-        """Rounds of one chain each, a different variant first every time; rows hold the whole rounds."""
+        """Rounds of one chain each; rows hold the whole rounds."""
         rounds = self.setting.rounds
         finished = 0
         try:
@@ -134,10 +140,8 @@ class Comparison:
 
     def _round(self, number: int) -> dict[str, float]:
         """ms/step of a chain of each variant; one that fails is dropped."""
-        names = list(self.ready)
-        first = number % len(names)
         taken = {}
-        for name in names[first:] + names[:first]:
+        for name in turn(list(self.ready), number):
             try:
                 taken[name] = 1000 * self.ready[name].chain() / self.setting.steps
             except Failed as error:  # out of memory, say
@@ -145,22 +149,22 @@ class Comparison:
         return taken
 
     def _account(self) -> None:
-        """Peak memory, and on a GPU the energy and the clocks of chains without a pause for ENERGY_WINDOW_S."""
+        """On a GPU the launches, and energy and clocks of chains without a pause; what fails is missing."""
         for name, contestant in self.ready.items():
+            if self.plan.deadline.passed:
+                return
             with suppress(Failed):  # its time is measured already
-                self.rows[name]["peak_memory_mb"] = contestant.peak_memory_mb()
-                if self.gpu.available and not self.plan.deadline.passed:
+                if self.gpu.available:
                     self.rows[name] |= self._energy(contestant)
+                self.rows[name]["launches_per_step"] = contestant.launches_per_step()
 
     def _energy(self, contestant: Contestant | Remote) -> dict[str, Any]:
         readings: list[dict[str, Any]] = []
-        if isinstance(contestant, Remote):
-            contestant.waiting = lambda: readings.append(self.gpu.read())
-        before, chains, seconds = self.gpu.energy_j(), 0, 0.0
-        while seconds < ENERGY_WINDOW_S:
-            seconds += contestant.chain()
-            chains += 1
+        contestant.waiting = lambda: readings.append(self.gpu.read())
+        before = self.gpu.energy_j()
+        chains, seconds = contestant.chains()
         after = self.gpu.energy_j()
+        contestant.waiting = lambda: None
         found = summarize(readings or [self.gpu.read()])
         if before is not None and after is not None:
             images = chains * self.setting.batch * self.setting.steps / STEPS_OF_AN_IMAGE
@@ -169,7 +173,7 @@ class Comparison:
 
     def _derive(self, row: Row) -> None:
         add_rates(row)
-        if row["ms_per_step"] is None:
+        if not is_timed(row):
             return
         row["tflops"] = self.demand.flops / row["ms_per_step"] / 1e9
         row["limit_ms"] = limit_ms(self.demand, self.ceiling)
@@ -177,32 +181,40 @@ class Comparison:
             row["share_of_limit"] = row["limit_ms"] / row["ms_per_step"]
 
 
+def turn(names: list[T], number: int) -> list[T]:
+    """The order of a round: a different one first every time, forth and back, so that none always follows the same."""
+    first = number % max(len(names), 1)
+    order = names[first:] + names[:first]
+    return order if number % 2 == 0 else order[:1] + order[:0:-1]
+
+
 def enter(make: Make, setting: Setting, plan: Plan) -> Contestant | Remote:
     """In a process of its own."""
-    return Remote(make, setting, plan.log, plan.limit_s)
+    limits = [limit for limit in (plan.limit_s, plan.deadline.left_s) if limit is not None]
+    return Remote(make, setting, plan.log, min(limits, default=None), plan.caches)
 
 
-def expected_images(setting: Setting, plan: Plan) -> np.ndarray | Failed:
-    """What every variant of this batch size should draw; where there is nothing to judge by, why."""
+def expected_images(setting: Setting, plan: Plan) -> Expected:
+    """What every variant of this batch size should draw."""
     judge = enter(Reference, setting, plan)
     try:
         judge.load()
-        return judge.images()
+        return {"generator": judge.images(), "seeds": judge.seeded_images()}
     except Failed as error:
         return error
     finally:
         judge.close()
 
 
-def difference(found: np.ndarray, expected: np.ndarray | Failed) -> float:
-    """max |difference|.
+def difference(contestant: Contestant | Remote, expected: Expected) -> float:
+    """max |difference| of its images.
 
     Raises:
-        Failed: the images are NaN, or there is nothing to compare with: then there is no speed either.
+        Failed: they are NaN, or there is nothing to compare with: then there is no speed either.
     """
     if isinstance(expected, Failed):
         raise Failed(f"not judged, for the reference failed ({expected})")
-    largest = float(np.abs(found - expected).max())
+    largest = float(np.abs(contestant.images() - expected[contestant.noise()]).max())
     if largest != largest:
         raise Failed("its images are NaN")
     return largest

@@ -1,11 +1,14 @@
 """Our sampler as the benchmark runs it, in several modes; and the plain PyTorch loop that judges everyone.
 
-Every variant has two methods: `chain` runs one chain, to be timed; `images` draws with the noise of
-numerics_generator(), float32 [N, C, H, W] in [0, 1] on the CPU. Making one is loading it.
+Every variant has two methods: `chain` runs one chain, to be timed; `images` runs it with noise that the judge knows,
+and gives float32 [N, C, H, W] in [0, 1] on the CPU. Ours are judged by the very graph that is timed, so with seeds;
+others with numerics_generator(). Making a variant is loading it; its `packages` are imported before, untimed.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,12 +20,12 @@ from bench.setting import (
     numerics_generator,
     reference_network,
     state_shape,
-    timesteps,
     to_unit,
 )
 from ddpm.checkpoints import Checkpoint
 from ddpm.devices import DTYPES
 from ddpm.fused import ModuleNetwork
+from ddpm.kernels.philox import PURPOSE_INITIAL, PURPOSE_STEP, philox_normal_ref
 from ddpm.loop import float32_precision
 from ddpm.reference import sample_reference
 from ddpm.sampler import Sampler
@@ -31,11 +34,16 @@ from ddpm.sampler import Sampler
 class Ours:
     """ddpm.Sampler.
 
+    Attributes:
+        noise: by which it is judged.
+
     Args:
         compiled: through torch.compile.
         captured: on a GPU, in a CUDA graph.
         plain: with the reference network, none of whose layers is fused or planned: what the captured loop gives alone.
     """
+
+    noise = "seeds"
 
     def __init__(self, setting: Setting, *, compiled: bool, captured: bool = True, plain: bool = False):
         self.setting = setting
@@ -46,7 +54,6 @@ class Ours:
         self.sampler = Sampler(
             checkpoint, device=setting.device, dtype=setting.dtype, compile=compiled, capture=captured
         )
-        self.timesteps = timesteps(setting, checkpoint)
 
     @property
     def capture_s(self) -> float | None:
@@ -54,15 +61,12 @@ class Ours:
         return next((loop.capture_s for loop in self.sampler.loops if loop.capture_s is not None), None)
 
     def chain(self) -> None:
-        n = self.setting.batch
-        self._sample(seeds=range(n), batch_size=n)
+        self.images()
 
     def images(self) -> Tensor:
-        return to_unit(self._sample(generator=numerics_generator()))
-
-    def _sample(self, **noise: object) -> Tensor:
-        options = {"timesteps": self.timesteps, "sampler": "ddpm", "progress": False, **self.conditions, **noise}
-        return self.sampler.sample(self.setting.batch, **options)
+        n, timesteps = self.setting.batch, self.setting.timesteps
+        options = {"timesteps": timesteps, "sampler": "ddpm", "batch_size": n, "progress": False}
+        return to_unit(self.sampler.sample(n, seeds=range(n), **options, **self.conditions))
 
 
 class _Plain(nn.Module):
@@ -100,26 +104,28 @@ class PlainPyTorch:
         self.checkpoint = setting.source.load()
         self.checkpoint.network.to(DTYPES[self.dtype])
         self.network = reference_network(setting, self.checkpoint)
-        self.timesteps = timesteps(setting, self.checkpoint)
+        self.shape = state_shape(setting, self.checkpoint)
 
     def chain(self) -> None:
-        self._sample(torch.Generator(self.setting.device).manual_seed(0))
+        self._draw(torch.Generator(self.setting.device).manual_seed(0))
 
     def images(self) -> Tensor:
-        return to_unit(self._sample(numerics_generator()))
+        return self._draw(numerics_generator())
 
-    def _sample(self, generator: torch.Generator) -> Tensor:
-        shape, device, dtype = state_shape(self.setting, self.checkpoint), self.setting.device, DTYPES[self.dtype]
-
+    def _draw(self, generator: torch.Generator) -> Tensor:
         def draw(_: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=generator.device).to(device)
+            return torch.randn(self.shape, generator=generator, device=generator.device).to(self.setting.device)
 
+        return self._sample(draw(0), draw)
+
+    def _sample(self, x_T: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return self.network(x.to(dtype), t).float()
+            return self.network(x.to(DTYPES[self.dtype]), t).float()
 
         with float32_precision(self.dtype == "tf32"):
             rules, schedule = self.checkpoint.rules, self.checkpoint.schedule
-            return sample_reference(network, schedule, rules, self.timesteps, draw(-1), draw).cpu()
+            x_0 = sample_reference(network, schedule, rules, self.setting.timesteps, x_T, draw)
+        return to_unit(x_0.cpu())
 
 
 class Reference(PlainPyTorch):
@@ -127,3 +133,14 @@ class Reference(PlainPyTorch):
 
     def __init__(self, setting: Setting):
         super().__init__(setting, "fp32")
+
+    def seeded_images(self) -> Tensor:
+        """With the noise of seeds 0 .. N - 1, as the plain form of Philox draws it on the CPU."""
+        n, (_, *image) = self.setting.batch, self.shape
+        seeds, size = torch.arange(n), math.prod(image)
+
+        def normal(draw: int, purpose: int) -> Tensor:
+            z = philox_normal_ref(seeds, size, torch.tensor([draw]), purpose)
+            return z.view(self.shape).to(self.setting.device)
+
+        return self._sample(normal(0, PURPOSE_INITIAL), lambda i: normal(i, PURPOSE_STEP))

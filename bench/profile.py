@@ -29,6 +29,7 @@ from bench.report import device_line, print_cells, write_json, write_page_of
 from bench.setting import conditions
 from ddpm.checkpoints import Checkpoint
 from ddpm.devices import DTYPES, resolve_device, resolve_dtype
+from ddpm.loop import network_settings
 from ddpm.sampler import Sampler
 
 SCHEMA = 1  # of profile.json
@@ -60,14 +61,13 @@ def main(argv: list[str]) -> int:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
-        source = open_source(options, Path(folder))
+        source = open_source(options, Path(folder), rivals=False)
         checkpoint = source.load()
     total = checkpoint.schedule.num_train_timesteps
     if options.steps > total:
         raise ValueError(f"--steps {options.steps} is more than the {total} steps of {source.name}")
     make = partial(Sampler, checkpoint, device=device, dtype=dtype)
     chain = partial(run_chain, checkpoint, options.batch, options.steps)
-    options.out.mkdir(parents=True, exist_ok=True)
     trace = options.out / "trace.json.gz"
     kernels = profile_kernels(make(compile=options.compile), chain, options.steps, trace)
     layers = [] if options.compile else profile_layers(make(compile=False, capture=False), chain, options)
@@ -154,8 +154,8 @@ def profile_layers(sampler: Sampler, chain: Any, options: argparse.Namespace) ->
     chain(sampler)
     with ranges_around_layers(network), profiling(sampler.device) as profiler:
         chain(sampler)
-    size = sampler.checkpoint.sample_size
-    paths = network.explain(sampler.device, options.batch, *size)
+    with network_settings(sampler.device, sampler.dtype == "tf32"):  # plans depend on what float32 means
+        paths = network.explain(sampler.device, options.batch, *sampler.checkpoint.sample_size)
     return by_layer(
         profiler.events(),
         options.steps,

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.setting import Setting, conditions, numerics_generator, timesteps
+from bench.setting import Setting, numerics_generator
 from ddpm.devices import DTYPES
 from ddpm.loop import float32_precision
 
@@ -27,6 +27,8 @@ class Diffusers:
     Raises:
         ValueError: diffusers has no such network.
     """
+
+    packages: tuple[str, ...] = ("diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.models.unets.unet_2d")
 
     def __init__(self, setting: Setting):
         if setting.source.stock is None:
@@ -43,16 +45,19 @@ class Diffusers:
         if unet.dtype != DTYPES[setting.dtype]:
             self.pipe.to(DTYPES[setting.dtype])
         self.pipe.set_progress_bar_config(disable=True)
-        checkpoint = setting.source.load()
         # Another family spaces a short chain in its own way, which the scheduler's settings cannot say.
-        own, chain = self.pipe.scheduler.set_timesteps, timesteps(setting, checkpoint)
+        own, chain = self.pipe.scheduler.set_timesteps, list(setting.timesteps)
         self.pipe.scheduler.set_timesteps = lambda *_, device=None, **__: own(timesteps=chain, device=device)
-        labels = conditions(checkpoint, setting.batch).get("labels")
-        if labels is not None:  # the pipeline passes none
-            unet.forward = partial(unet.forward, class_labels=labels.to(setting.device))
+        if unet.class_embedding is not None:  # the pipeline passes no labels: all are of class 0
+            identity = unet.config.class_embed_type == "identity"
+            width = (unet.time_embedding.linear_2.out_features,) if identity else ()
+            dtype = unet.dtype if identity else torch.int64
+            labels = torch.zeros(setting.batch, *width, dtype=dtype, device=setting.device)
+            unet.forward = partial(unet.forward, class_labels=labels)
 
     def chain(self) -> None:
-        self._draw(None)  # no generator: it then draws on the network's own device, which is its fastest way
+        # No generator: it then draws on the network's own device, its fastest way. Ours gives CPU images, too.
+        self._draw(None).cpu()
 
     def images(self) -> Tensor:
         with float32_noise():
@@ -99,30 +104,40 @@ class DiffusersCompiled(Diffusers):
 
 
 class OpenVINO(Diffusers):
-    """The pipeline with its network run by OpenVINO on the CPU, in float32, on as many threads as torch has."""
+    """The pipeline with its network run by OpenVINO on the CPU, in float32, on as many threads as torch has.
+
+    The network is converted and compiled at its first call.
+    """
+
+    packages = (*Diffusers.packages, "openvino")
 
     def __init__(self, setting: Setting):
-        import openvino
+        super().__init__(setting)
+        self.plain, self.network = self.pipe.unet.forward, None
+        self.pipe.unet.forward = self._forward
+
+    def _forward(self, sample: Tensor, timestep: Tensor, **_: Any) -> Any:
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
-        super().__init__(setting)
-        unet = self.pipe.unet
-        size = unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        x = torch.zeros(setting.batch, unet.config.in_channels, height, width)
-        with warnings.catch_warnings():
-            # Its branches are those of this shape, which is the only one.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            model = openvino.convert_model(unet, example_input=(x, torch.tensor(0)), input=[list(x.shape), []])
-        options = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
-        network = openvino.Core().compile_model(model, "CPU", options)
+        if self.network is None:
+            self.pipe.unet.forward = self.plain
+            self.network = compile_openvino(self.pipe.unet, sample, timestep)
+            self.pipe.unet.forward = self._forward
+        found = self.network([sample.contiguous().numpy(), timestep.numpy()], share_inputs=True)
+        return UNet2DOutput(sample=torch.from_numpy(found[0]))
 
-        def forward(sample: Tensor, timestep: Tensor, **_: Any) -> UNet2DOutput:
-            found = network([sample.contiguous().numpy(), timestep.numpy()], share_inputs=True)
-            return UNet2DOutput(sample=torch.from_numpy(found[0]))
 
-        unet.forward = forward
+def compile_openvino(unet: torch.nn.Module, sample: Tensor, timestep: Tensor) -> Any:
+    """For this shape."""
+    import openvino
+
+    with warnings.catch_warnings():
+        # Its branches are those of this shape, which is the only one.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        model = openvino.convert_model(unet, example_input=(sample, timestep), input=[list(sample.shape), []])
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    return openvino.Core().compile_model(model, "CPU", options)

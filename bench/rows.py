@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,8 @@ FIELDS: dict[str, dict[str, Any]] = SCHEMA["$defs"]["row"]["properties"]
 BOUNDS = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 0.25, "bf16": 0.25}
 # "images per second" and the like are by Ho et al.'s chain.
 STEPS_OF_AN_IMAGE = 1000
+# Variants over whom speedups are: the stock pipeline, or plain PyTorch where that has no speed.
+STOCK, PLAIN = "diffusers", "pytorch"
 
 
 def empty_row(setting: Setting, variant: str) -> Row:
@@ -36,7 +39,7 @@ def empty_row(setting: Setting, variant: str) -> Row:
 
 def add_rates(row: Row) -> None:
     """What follows from ms/step, where there is one."""
-    if row["ms_per_step"] is None:
+    if not is_timed(row):
         return
     row["steps_per_s"] = 1000 / row["ms_per_step"]
     row["image_steps_per_s"] = row["steps_per_s"] * row["batch"]
@@ -46,9 +49,21 @@ def add_rates(row: Row) -> None:
     row["first_image_s"] = sum(seconds for seconds in before if seconds is not None) + chain_s
 
 
-def add_speedups(rows: dict[str, Row], baseline: str) -> None:
-    """Over the baseline in the same comparison; rows by variant."""
-    stock = rows[baseline]["ms_per_step"] if baseline in rows else None
-    for row in rows.values():
-        if stock is not None and row["ms_per_step"] is not None:
-            row["speedup"] = stock / row["ms_per_step"]
+def is_ours(variant: str) -> bool:
+    return variant.split("-")[0] == "ours"
+
+
+def is_timed(row: Row) -> bool:
+    return row["ms_per_step"] is not None
+
+
+def baseline(rows: Iterable[Row]) -> Row | None:
+    """Of one comparison; None where none was timed."""
+    timed = {row["variant"]: row for row in rows if is_timed(row)}
+    return timed.get(STOCK, timed.get(PLAIN))
+
+
+def add_speedup(row: Row, baseline: Row | None) -> None:
+    """Over another row of the same comparison, where both have a speed."""
+    if baseline is not None and is_timed(row):
+        row["speedup"] = baseline["ms_per_step"] / row["ms_per_step"]

@@ -7,8 +7,8 @@ if they are the plain float32 reference's. Rows are saved as they are finished.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from bench.limits import demand, measure_ceiling
 from bench.measure import Comparison, Plan, expected_images
 from bench.report import print_report, write_json, write_page_of
 from bench.rows import VERSION, Row
-from bench.setting import Setting
+from bench.setting import Setting, chain_timesteps
 from bench.source import Source
-from bench.variants import NAMES
+from bench.variants import NAMES, variants
 from ddpm.devices import DTYPES, resolve_device, resolve_dtype
 
 # By device: batch sizes, precisions, steps of a timed chain, rounds. On two CPU cores all of it takes minutes.
@@ -62,20 +62,10 @@ def main(argv: list[str]) -> int:
     """
     options = make_parser().parse_args(argv)
     check_options(options, "steps", "rounds", "threads", "limit")
-    only = tuple(parse_names("variants", options.variants, NAMES)) if options.variants else ()
+    log, path = options.out / "bench.log", options.out / "bench.json"
     with tempfile.TemporaryDirectory() as folder:
         settings = make_settings(options, open_source(options, Path(folder)))
-        options.out.mkdir(parents=True, exist_ok=True)
-        log = options.out / "bench.log"
-        log.unlink(missing_ok=True)
-        path = options.out / "bench.json"
-        content, interrupted = compare_all(
-            settings, Plan(log, options.limit, only=only), lambda content: write_json(path, content)
-        )
-    print_report(content)
-    pages = write_page_of(path, "bench.run_page", content)
-    print(f"{'interrupted; the finished rows are in ' if interrupted else ''}{', '.join(map(str, (path, *pages)))}")
-    return 130 if interrupted else 0
+        return compare_all(settings, Plan(log, options.limit), path, {"kind": "run"})
 
 
 def make_settings(options: argparse.Namespace, source: Source) -> list[Setting]:
@@ -88,45 +78,66 @@ def make_settings(options: argparse.Namespace, source: Source) -> list[Setting]:
     batch, dtype, steps, rounds = DEFAULTS[device.type]
     batches = parse_numbers("batch", options.batch or batch)
     dtypes = [resolve_dtype(name, device) for name in parse_names("dtype", options.dtype or dtype, tuple(DTYPES))]
+    only = tuple(parse_names("variants", options.variants, NAMES)) if options.variants else ()
     steps, rounds = options.steps or steps, options.rounds or rounds
-    total = source.load().schedule.num_train_timesteps
+    checkpoint = source.load()
+    total = checkpoint.schedule.num_train_timesteps
     if steps > total:
         raise ValueError(f"--steps {steps} is more than the {total} steps of {source.name}")
-    return [Setting(source, device, name, n, steps, rounds, options.threads) for n in batches for name in dtypes]
+    chain = chain_timesteps(checkpoint, steps)
+    settings = [
+        Setting(source, device, name, n, chain, rounds, options.threads, only) for n in batches for name in dtypes
+    ]
+    if not any(map(variants, settings)):
+        raise ValueError(f"--variants {options.variants}: none of them belongs to {device} and {source.name}")
+    return settings
 
 
-def compare_all(
-    settings: list[Setting], plan: Plan, save: Callable[[dict[str, Any]], Any]
-) -> tuple[dict[str, Any], bool]:
-    """The content of the JSON file, and whether Ctrl-C ended it.
+def compare_all(settings: list[Setting], plan: Plan, path: Path, more: dict[str, Any]) -> int:
+    """Measure, print, and write to `path` after each setting, so that a run cut short leaves what it finished.
 
     Args:
-        save: called with the content so far, at first and after each setting, so that a run cut short leaves those.
+        more: fields of the file beside the measured ones.
+
+    Returns:
+        The exit code: 0; 130 after Ctrl-C.
     """
     device, threads = settings[0].device, settings[0].threads
-    content: dict[str, Any] = {"schema": VERSION, "kind": "run", "rows": [], "ceilings": [], "not_measured": []}
-    rows: list[Row] = content["rows"]
+    plan.log.unlink(missing_ok=True)
+    rows: list[Row] = []
+    ceilings: list[dict[str, Any]] = []
+    content: dict[str, Any] = {"schema": VERSION, **more, "rows": rows, "ceilings": ceilings}
+    interrupted = False
     with GpuState(device) as gpu:
-        content["not_measured"] = not_measured(device, gpu)
         content["environment"] = describe_environment(device, gpu, threads)
+
+        def save() -> None:
+            content["not_measured"] = not_measured(device, gpu)
+            try:
+                write_json(path, content)
+            except ValueError as error:  # a full disk, say: it is tried again, and the tables are printed before
+                print(f"warning: {error}", file=sys.stderr)
+
         try:
             for dtype in dict.fromkeys(setting.dtype for setting in settings):
-                content["ceilings"].append(measure_ceiling(device, dtype, threads))
-            save(content)
-            expected: dict[Any, Any] = {}
+                ceilings.append(measure_ceiling(device, dtype, threads))
+            save()
+            judged, expected = None, None
             for setting in settings:
-                key = (setting.source.name, setting.batch)
-                if key not in expected and not plan.deadline.passed:
-                    expected = {key: expected_images(setting, plan)}  # of the last batch only: it may be large
-                checkpoint = setting.source.load()
-                needs = demand(checkpoint, setting.batch, setting.dtype)
-                comparison = Comparison(setting, plan, gpu, needs, content["ceilings"])
-                comparison.run(expected.get(key), rows.append)
-                save(content)
+                key = (setting.source, setting.batch)
+                if key != judged and not plan.deadline.passed:  # the last one only: it may be large
+                    judged, expected = key, expected_images(setting, plan)
+                needs = demand(setting.source.load(), setting.batch, setting.dtype)
+                Comparison(setting, plan, gpu, needs, ceilings).run(expected, rows.append)
+                save()
         except KeyboardInterrupt:
-            save(content)
-            return content, True
-    return content, False
+            interrupted = True
+            save()
+    print_report(content)
+    write_json(path, content)
+    pages = write_page_of(path, "bench.run_page", content)
+    print(f"{'interrupted; the finished rows are in ' if interrupted else ''}{', '.join(map(str, (path, *pages)))}")
+    return 130 if interrupted else 0
 
 
 def not_measured(device: torch.device, gpu: GpuState) -> list[str]:
@@ -136,5 +147,4 @@ def not_measured(device: torch.device, gpu: GpuState) -> list[str]:
     return [
         "Launches per step, CUDA graphs and their capture: there is no GPU in use.",
         "Energy, clocks, power limit, temperature, throttling: NVML reads them from an NVIDIA GPU.",
-        "fp16 and tf32 speeds: they are a GPU's.",
     ]

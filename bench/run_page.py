@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import Any
 
-from bench.figures import grouped, is_ours, is_timed, number, start_s, step_time, throughput, time_to, time_to_images
+from bench.figures import grouped, number, start_s, step_time, throughput, time_to, time_to_images
 from bench.page import Column, Figure, Page, Section, Table
-from bench.rows import FIELDS, SCHEMA, STEPS_OF_AN_IMAGE, Row
+from bench.rows import FIELDS, SCHEMA, STEPS_OF_AN_IMAGE, STOCK, Row, baseline, is_ours, is_timed
 
 # Fields of the tables; those that no row has a value for are left out.
 IDENTITY = ("variant", "checkpoint", "dtype", "batch")
@@ -96,14 +96,8 @@ def headline(group: Sequence[Row], named: bool) -> str | None:
     return f"{sentence}."
 
 
-def baseline(group: Sequence[Row]) -> Row | None:
-    """The row that speedups are over, as the schema says; None if it was not timed."""
-    timed = {row["variant"]: row for row in group if is_timed(row)}
-    return timed.get("diffusers", timed.get("pytorch"))
-
-
 def called(base: Row) -> str:
-    return "the stock diffusers pipeline" if base["variant"] == "diffusers" else "plain PyTorch"
+    return "the stock diffusers pipeline" if base["variant"] == STOCK else "plain PyTorch"
 
 
 def fastest(rows: Iterable[Row]) -> Row:

@@ -9,7 +9,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from bench.cli import OUT, Parser, add_source, check_options, open_source, parse
 from bench.contestant import reason, synchronize
 from bench.environment import describe_environment
 from bench.gpu_state import GpuState
+from bench.measure import turn
 from bench.report import device_line, print_cells, write_json, write_page_of
 from bench.setting import conditions
 from ddpm.checkpoints import Checkpoint
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
-        source = open_source(options, Path(folder))
+        source = open_source(options, Path(folder), rivals=False)
         checkpoint = source.load()
     axes = points(options, checkpoint)
     content: dict[str, Any] = {"schema": SCHEMA, "kind": "scale", "checkpoint": source.name, "dtype": dtype}
@@ -93,10 +93,11 @@ def main(argv: list[str]) -> int:
             for name, axis in axes.items():
                 content["points"] += measure(checkpoint, make, axis, options.rounds)
                 content["laws"] |= fits(name, content["points"])
+                write_json(path, content)
         except KeyboardInterrupt:
             interrupted = True
-    write_json(path, content)
     print_scale(content)
+    write_json(path, content)
     pages = write_page_of(path, "bench.scale_page", content)
     print(f"{'interrupted; the finished axes are in ' if interrupted else ''}{', '.join(map(str, (path, *pages)))}")
     return 130 if interrupted else 0
@@ -169,16 +170,14 @@ def measure(checkpoint: Checkpoint, make: Any, axis: list[Point], rounds: int) -
             status[point] = f"skipped: {reason(error)}"
     with progress_bar(rounds, bool(chains) and sys.stderr.isatty()) as advance:
         for number in range(rounds):
-            for point in rotated(list(chains), number):
-                times[point].append(1000 * chains[point]() / (1 if point.per == "chain" else point.steps))
+            for point in turn(list(chains), number):
+                try:
+                    times[point].append(1000 * chains[point]() / (1 if point.per == "chain" else point.steps))
+                except Exception as error:
+                    status[point] = f"stopped: {reason(error)}"
+                    del chains[point]
             advance()
     return [row(point, times[point], status[point]) for point in axis]
-
-
-def rotated(points: list[Point], number: int) -> Iterator[Point]:
-    """All, a different one first every time."""
-    first = number % max(len(points), 1)
-    yield from points[first:] + points[:first]
 
 
 class Chain:

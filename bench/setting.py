@@ -25,18 +25,25 @@ class Setting:
     Attributes:
         source: of the network.
         device, dtype: of the network; dtype is a key of ddpm.devices.DTYPES.
-        batch, steps: of a chain, which is ancestral ("ddpm") whatever the checkpoint's default is.
+        batch: images of a chain.
+        timesteps: of a chain, which is ancestral ("ddpm") whatever the checkpoint's default is; see `chain_timesteps`.
         rounds: chains that each variant runs while timed.
         threads: of torch on the CPU; None leaves torch its own number.
+        only: names of the variants wanted; empty for all.
     """
 
     source: Source
     device: torch.device
     dtype: str
     batch: int
-    steps: int
+    timesteps: tuple[int, ...]
     rounds: int
     threads: int | None = None
+    only: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
 
     @property
     def is_half(self) -> bool:
@@ -48,13 +55,17 @@ def state_shape(setting: Setting, checkpoint: Checkpoint) -> tuple[int, int, int
     return (setting.batch, checkpoint.image_channels, *checkpoint.sample_size)
 
 
-def timesteps(setting: Setting, checkpoint: Checkpoint) -> list[int]:
-    """Of the chain, as the checkpoint's family spaces them."""
-    return step_table(checkpoint.schedule, checkpoint.rules, setting.steps, sampler="ddpm").timesteps.tolist()
+def chain_timesteps(checkpoint: Checkpoint, steps: int) -> tuple[int, ...]:
+    """Of an ancestral chain, as the checkpoint's family spaces them.
+
+    Raises:
+        ValueError: more steps than there are.
+    """
+    return tuple(step_table(checkpoint.schedule, checkpoint.rules, steps, sampler="ddpm").timesteps.tolist())
 
 
 def conditions(checkpoint: Checkpoint, n: int) -> dict[str, Any]:
-    """Of `Sampler.sample` for n images: class 0 for all, or grey ones to enlarge, where the network asks for that."""
+    """Of `Sampler.sample` for n images: class 0 for all, or zeros to enlarge, where it asks for that."""
     network, (height, width) = checkpoint.network, checkpoint.sample_size
     found: dict[str, Any] = {}
     if network.conditional:
@@ -75,12 +86,14 @@ def reference_network(setting: Setting, checkpoint: Checkpoint) -> Callable[[Ten
     if network.self_condition:
         raise ValueError("the textbook loop does not run a self-conditioned network")
     _, _, labels, condition = network.example(n, *checkpoint.sample_size)
-    labels, condition = (None if t is None else t.to(setting.device) for t in (labels, condition))
+    dtype = next(network.parameters()).dtype
+    labels = None if labels is None else labels.to(setting.device)
+    condition = None if condition is None else condition.to(setting.device, dtype)
     return lambda x, t: network(x, t, labels, condition)
 
 
 def numerics_generator() -> torch.Generator:
-    """The noise by which variants are compared, drawn on the CPU in float32: x_T, then one draw for every t > 0."""
+    """The noise by which rivals are judged, drawn on the CPU in float32: x_T, then one draw for every t > 0."""
     return torch.Generator().manual_seed(NUMERICS_SEED)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bench.architectures import Architecture, architecture
@@ -29,7 +30,7 @@ class Source:
         location: what `load_checkpoint` takes; of a named architecture, a file of weights.
         options: of `load_checkpoint`, what the file does not say.
         architecture: its name, or None.
-        stock: a directory or hub id that diffusers loads; None where it has no such network, and then
+        stock: a directory that diffusers loads; None where it has no such network, and then
         no_stock: says why.
     """
 
@@ -47,36 +48,40 @@ class Source:
         return random_checkpoint(architecture(self.architecture), Path(self.location))
 
 
-def checkpoint_source(location: str, options: dict[str, Any], folder: Path) -> Source:
-    """A checkpoint's; one that is none of diffusers' is written to `folder` as a pipeline directory for the rivals.
+def checkpoint_source(location: str, options: dict[str, Any], folder: Path | None) -> Source:
+    """A checkpoint's, written to `folder` as a pipeline directory for the rivals: with the weights and settings that
+    were read, whichever of several there are, and wherever they lie. Without a folder there are no rivals.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or written.
     """
     source = Source(Path(location).name, location, options)
-    checkpoint = source.load()
-    if checkpoint.family == "diffusers":
-        return replace(source, stock=location)
-    return with_stock(source, checkpoint, folder)
+    return with_stock(source, source.load(), folder)
 
 
-def random_source(name: str, folder: Path) -> Source:
+def random_source(name: str, folder: Path, *, rivals: bool = True) -> Source:
     """A named architecture's, its weights written to `folder`.
 
     Raises:
-        ValueError: no architecture has this name.
+        ValueError: no architecture has this name, or the weights cannot be written.
     """
     entry = architecture(name)
     path = folder / f"{name}.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_file({key: tensor.contiguous() for key, tensor in entry.network().state_dict().items()}, path)
+        weights = {key: tensor.contiguous() for key, tensor in entry.network().state_dict().items()}
+    try:
+        save_file(weights, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write the weights of {name} to {folder} ({error}); is the disk full?") from error
     source = Source(name + RANDOM, str(path), architecture=name)
-    return with_stock(source, source.load(), folder)
+    return with_stock(source, source.load(), folder if rivals else None)
 
 
-def with_stock(source: Source, checkpoint: Checkpoint, folder: Path) -> Source:
+def with_stock(source: Source, checkpoint: Checkpoint, folder: Path | None) -> Source:
     """The same with a directory that diffusers loads, or the reason why there is none."""
+    if folder is None:
+        return replace(source, no_stock="no rivals were asked for")
     directory = folder / "diffusers"
     try:
         save_diffusers(checkpoint, directory)

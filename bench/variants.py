@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 from bench.ours import Ours, PlainPyTorch
 from bench.rivals import Diffusers, DiffusersCompiled, OpenVINO
+from bench.rows import PLAIN, STOCK
 from bench.setting import Setting
 
 # Makes a variant, in whichever process; raises where it cannot run.
 Make: TypeAlias = Callable[[Setting], Any]
 
-STOCK, PLAIN = "diffusers", "pytorch"
 ON_CPU: dict[str, Make] = {
     "ours-eager": partial(Ours, compiled=False),
     "ours-compiled": partial(Ours, compiled=True),
@@ -40,26 +41,21 @@ MEANINGS = {
     "ours-graph-compiled": "the same through torch.compile",
     "ours-planned": "the fused and planned network, captured in a CUDA graph: what `ddpm.load` gives on a GPU",
     "ours-planned-compiled": "the same through torch.compile",
-    STOCK: "DDPMPipeline as it comes",
+    STOCK: "DDPMPipeline as it comes, but that fp32 is IEEE float32; tf32 is what torch does to its convolutions",
     "diffusers-compiled": "its network channels_last and through torch.compile, on the CPU with frozen weights",
     "diffusers-max-autotune": "the same with mode='max-autotune'",
     "openvino": "DDPMPipeline with its network run by OpenVINO in float32",
-    PLAIN: "the reference network in Ho et al.'s loop, one operation at a time; where diffusers has no such network",
+    PLAIN: "the reference network in Ho et al.'s loop, operation by operation; where diffusers does not run it",
 }
 NAMES = tuple(MEANINGS)
 
 
-def variants(setting: Setting, only: tuple[str, ...] = ()) -> dict[str, Make]:
-    """Those that belong to a setting, ours first; `only` names the ones wanted, by default all."""
+def variants(setting: Setting) -> dict[str, Make]:
+    """Those of a setting's `only` that belong to its device, precision and network, ours first."""
     on_gpu = setting.device.type == "cuda"
     found = dict((ON_GPU if on_gpu else ON_CPU) | RIVALS)
     if on_gpu or setting.is_half:
         del found["openvino"]
-    if setting.source.stock is not None:
+    if setting.source.stock is not None and find_spec("diffusers") is not None:
         del found[PLAIN]
-    return {name: make for name, make in found.items() if not only or name in only}
-
-
-def baseline(names: dict[str, Any]) -> str:
-    """Over whom speedups are: the stock pipeline, or plain PyTorch where diffusers has no such network."""
-    return PLAIN if PLAIN in names else STOCK
+    return {name: make for name, make in found.items() if not setting.only or name in setting.only}

@@ -12,7 +12,7 @@ import bench.limits
 import bench.measure
 from bench.contestant import Contestant, Failed, reason
 from bench.measure import Plan
-from bench.setting import Setting
+from bench.setting import Setting, chain_timesteps
 from bench.source import Source
 from bench.variants import Make
 from tests.helpers import save_tiny
@@ -43,7 +43,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_setting(tiny: Path) -> Setting:
     """Two images, two steps, one round."""
     source = Source("tiny", str(tiny), stock=str(tiny))
-    return Setting(source, torch.device("cpu"), "fp32", batch=2, steps=2, rounds=1)
+    chain = chain_timesteps(source.load(), 2)
+    return Setting(source, torch.device("cpu"), "fp32", batch=2, timesteps=chain, rounds=1)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.contestant import Contestant, Failed, Remote
+from bench.contestant import ENERGY_WINDOW_S, Contestant, Failed, Remote
 from bench.setting import Setting
 
 
@@ -29,7 +30,7 @@ class Sleeper:
         self.first = True
 
     def chain(self) -> None:
-        time.sleep(0.12 if self.first else 0.02)
+        time.sleep(0.32 if self.first else 0.02)
         self.first = False
 
     def images(self) -> torch.Tensor:
@@ -51,6 +52,23 @@ class Slow(Sleeper):
         time.sleep(60)
 
 
+class Hanging(Sleeper):
+    def images(self) -> torch.Tensor:
+        time.sleep(60)
+        return torch.zeros(1)
+
+
+class Absent(Sleeper):
+    packages = ("no_such_package",)
+
+
+class Parent(Sleeper):
+    """Starts a process of its own, as compilers do."""
+
+    def images(self) -> torch.Tensor:
+        return torch.tensor([subprocess.Popen(["sleep", "60"]).pid])
+
+
 class CacheReader(Sleeper):
     def images(self) -> torch.Tensor:
         print(os.environ["TORCHINDUCTOR_CACHE_DIR"], flush=True)
@@ -64,11 +82,11 @@ def get_ready(remote: Remote) -> None:
 
 def test_times_of_a_contestant(tiny_setting: Setting) -> None:
     contestant = Contestant(Sleeper, tiny_setting)
-    assert 0 <= contestant.load() < 0.1
+    assert contestant.load() >= 0
     found = contestant.warm()
     assert found["capture_s"] == 0.02
-    assert found["compile_s"] == pytest.approx(0.08, abs=0.05)  # first chain, less a later one, less the capture
-    assert 0.02 <= contestant.chain() < 0.1
+    assert 0 < found["compile_s"] < 1  # of 0.32 s: the first chain, less a later one, less the capture
+    assert contestant.chain() >= 0.02
     assert contestant.launches_per_step() is None
 
 
@@ -79,7 +97,11 @@ def test_a_process_answers(tiny_setting: Setting, tmp_path: Path) -> None:
         remote.load()
         assert remote.warm()["capture_s"] == 0.02
         remote.waiting = lambda: waits.append(1)
-        assert 0.02 <= remote.chain() < 1
+        count, seconds = remote.chains()
+        assert seconds >= ENERGY_WINDOW_S
+        assert 1 <= count <= seconds / 0.02
+        assert len(waits) > 3  # the GPU's clocks are read meanwhile
+        assert remote.chain() >= 0.02
         np.testing.assert_array_equal(remote.images(), np.ones((1, 3, 2, 2), np.float32))  # its threads
         assert remote.peak_memory_mb() > 100
     finally:
@@ -94,6 +116,7 @@ def test_a_process_answers(tiny_setting: Setting, tmp_path: Path) -> None:
         (Broken, None, "RuntimeError: out of memory"),
         (Crashing, None, "its process ended with code -9"),
         (Slow, 1.0, "not ready after 1 s"),
+        (Absent, None, "no_such_package is not installed"),
     ],
 )
 def test_failures(variant: Any, limit_s: float | None, status: str, tiny_setting: Setting, tmp_path: Path) -> None:
@@ -116,13 +139,37 @@ def test_caches_are_its_own_and_go_with_it(tiny_setting: Setting, tmp_path: Path
     assert not caches.parent.exists()
 
 
+def test_each_call_has_a_limit_once_it_is_ready(tiny_setting: Setting, tmp_path: Path) -> None:
+    remote = Remote(Hanging, tiny_setting, tmp_path / "log", 60.0)
+    try:
+        get_ready(remote)
+        remote.limit_s = 0.3
+        remote.is_ready()
+        with pytest.raises(Failed, match=r"^no answer after 0 s$"):
+            remote.images()
+    finally:
+        remote.close()
+
+
+def test_what_it_started_ends_with_it(tiny_setting: Setting, tmp_path: Path) -> None:
+    remote = Remote(Parent, tiny_setting, tmp_path / "log")
+    remote.load()
+    child = int(remote.images()[0])
+    os.kill(child, 0)  # it is there
+    remote.close()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    pytest.fail("the process is still there")
+
+
 def test_ctrl_c_is_the_parents(tiny_setting: Setting, tmp_path: Path) -> None:
-    """It reaches the whole process group; a contestant goes on until it is closed."""
+    """It goes to a process group, and a contestant is in one of its own."""
     remote = Remote(Sleeper, tiny_setting, tmp_path / "log")
     try:
         remote.load()
-        os.kill(remote._process.pid, signal.SIGINT)
-        assert remote.chain() >= 0.02
+        assert os.getpgid(remote._process.pid) != os.getpgid(0)
     finally:
         remote.close()
 
@@ -146,10 +193,13 @@ def test_launches_are_counted_on_the_gpu(tiny_setting: Setting, monkeypatch: pyt
     monkeypatch.setattr(torch.profiler, "profile", FakeProfile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5_000_000)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     contestant = Contestant(Sleeper, replace(tiny_setting, device=torch.device("cuda", 0)))
     contestant.load()
     assert contestant.launches_per_step() == 2  # four in a chain of two steps
     assert contestant.peak_memory_mb() == 5
+    events.clear()  # a profiler that is not permitted
+    assert contestant.launches_per_step() is None
 
 
 @pytest.mark.gpu
@@ -158,7 +208,8 @@ def test_launches_of_a_captured_step(tiny_setting: Setting, tmp_path: Path) -> N
 
     counts = {}
     for name in ("ours-eager", "ours-planned"):
-        remote = Remote(ON_GPU[name], replace(tiny_setting, device=torch.device("cuda", 0), steps=50), tmp_path / "log")
+        on_gpu = replace(tiny_setting, device=torch.device("cuda", 0), timesteps=tuple(range(49, -1, -1)))
+        remote = Remote(ON_GPU[name], on_gpu, tmp_path / "log")
         try:
             remote.load()
             captured = remote.warm()["capture_s"]

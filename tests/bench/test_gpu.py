@@ -32,8 +32,9 @@ def run(
 ) -> Callable[..., tuple[int, dict[str, Any]]]:
     monkeypatch.setattr(bench.gpu, "find_device", lambda: CPU)
     monkeypatch.setattr(bench.gpu, "source", lambda name, folder: Source("tiny", str(tiny), stock=str(tiny)))
-    monkeypatch.setattr(bench.gpu, "COMPARISONS", ((None, "fp32", 1), ("cifar10-32", "tf32", 1)))
-    monkeypatch.setattr(bench.gpu, "VARIANTS", ("ours-eager", "diffusers"))
+    names = ("ours-eager", "diffusers")
+    comparisons = ((None, "fp32", 1, names), ("cifar10-32", "tf32", 1, names))
+    monkeypatch.setattr(bench.gpu, "COMPARISONS", comparisons)
     monkeypatch.setattr(bench.gpu, "STEPS", 2)
     monkeypatch.setattr(bench.gpu, "ROUNDS", 1)
 
@@ -52,8 +53,8 @@ def run(
 
 
 def test_what_is_compared() -> None:
-    assert {name for name, _, _ in bench.gpu.COMPARISONS} <= {None, *ARCHITECTURES}
-    assert set(bench.gpu.VARIANTS) <= set(NAMES)
+    assert {comparison[0] for comparison in bench.gpu.COMPARISONS} <= {None, *ARCHITECTURES}
+    assert {name for comparison in bench.gpu.COMPARISONS for name in comparison[3]} <= {*NAMES}
 
 
 def test_a_run(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+import bench.contestant
 import bench.environment
-import bench.measure
 from bench.gpu_state import FIELDS, THROTTLES, GpuState, summarize
 from bench.limits import Demand
 from bench.measure import Comparison, Plan, expected_images
@@ -80,12 +81,12 @@ def test_summary_of_readings() -> None:
 def test_energy_in_rows(
     nvml: ModuleType, tiny_setting: Setting, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.measure, "ENERGY_WINDOW_S", 1e-6)  # one chain
+    monkeypatch.setattr(bench.contestant, "ENERGY_WINDOW_S", 1e-6)  # one chain
     rows: list[dict[str, Any]] = []
-    plan = Plan(tmp_path / "log", only=("ours-eager", "diffusers"))
+    plan, setting = Plan(tmp_path / "log"), replace(tiny_setting, only=("ours-eager", "diffusers"))
     with GpuState(torch.device("cuda", 0)) as gpu:
-        comparison = Comparison(tiny_setting, plan, gpu, Demand(1, 1), [])
-        comparison.run(expected_images(tiny_setting, plan), rows.append)
+        comparison = Comparison(setting, plan, gpu, Demand(1, 1), [])
+        comparison.run(expected_images(setting, plan), rows.append)
     for row in rows:
         assert row["status"] == "ok"
         assert [row[name] for name in FIELDS] == [*READING]

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import bench.measure
 import bench.ours
 import bench.report
 import bench.rivals
+import bench.variants
 from bench.architectures import ARCHITECTURES, DEMO
 from bench.cli import COMMANDS, main
 from bench.limits import Demand, demand, limit_ms, measure_ceiling
+from bench.measure import turn
 from bench.rows import FIELDS, SCHEMA
 from bench.setting import Setting
 from bench.variants import MEANINGS, ON_CPU, ON_GPU, RIVALS, variants
@@ -44,6 +47,7 @@ def run(tiny: Path, tmp_path: Path, here: None) -> Run:
 
 def check(content: dict[str, Any]) -> None:
     jsonschema.validate(content, SCHEMA)
+    assert content["kind"] == "run"
     for row in content["rows"]:
         assert row.keys() == FIELDS.keys()
         speeds = [row[name] for name in ("ms_per_step", "p20", "p80", "steps_per_s", "images_per_s", "first_image_s")]
@@ -85,7 +89,8 @@ def test_run(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         assert 0 < row["share_of_limit"] == pytest.approx(row["limit_ms"] / row["ms_per_step"])
         assert row["launches_per_step"] is row["energy_j_per_image"] is row["capture_s"] is None
     # two chains each to get warm, then by turns, each first once
-    assert order == [*["Ours"] * 2, *["Diffusers"] * 2, "Ours", "Diffusers", "Diffusers", "Ours"] * 2
+    warm = ["Ours", "Ours", "Diffusers", "Diffusers"]
+    assert order == [*warm, "Ours", "Diffusers", "Diffusers", "Ours"] * 2
     assert any("NVML" in sentence for sentence in content["not_measured"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "bench.html"}
     printed = capsys.readouterr()
@@ -104,16 +109,23 @@ def test_processes_of_their_own(tiny: Path, tmp_path: Path) -> None:
     assert {row["variant"]: row["status"] for row in content["rows"]} == {"ours-eager": "ok", "diffusers": "ok"}
     assert content["environment"]["threads"] == 1
     assert (tmp_path / "bench.log").exists()
+    assert {row["max_abs_diff"] <= 1e-4 for row in content["rows"]} == {True}
 
 
 def test_without_diffusers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then plain PyTorch is what ours is compared with."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    code, content = run("--batch", "2")
+    monkeypatch.setitem(sys.modules, "diffusers.pipelines.ddpm.pipeline_ddpm", None)
+    monkeypatch.setattr(bench.variants, "find_spec", lambda name: None)
+    code, content = run("--batch", "2", "--variants", "ours-eager,diffusers,pytorch")
     assert code == 0
     rows = by_variant(content["rows"])
     assert rows["diffusers"]["status"] == "skipped: diffusers is not installed"
     assert rows["diffusers"]["ms_per_step"] is None
-    assert (rows["ours-eager"]["status"], rows["ours-eager"]["speedup"]) == ("ok", None)
+    assert rows["pytorch"]["speedup"] == 1
+    assert rows["ours-eager"]["speedup"] == pytest.approx(
+        rows["pytorch"]["ms_per_step"] / rows["ours-eager"]["ms_per_step"]
+    )
 
 
 def test_a_variant_that_cannot_compile(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +229,10 @@ def test_interruption_keeps_finished_rows(
         (["--arch", "resnet"], "no architecture is called 'resnet'"),
         (["--arch", "demo", str(DEMO)], "give one or the other"),
         (["--variants", "fastest"], "--variants 'fastest' is not one of"),
+        (["--variants", "ours-planned", "--device", "cpu"], "none of them belongs to cpu"),
         (["-o", "image_size"], "NAME=VALUE"),
         (["--out", __file__], "is a file"),
+        (["--out", f"{__file__}/out"], "cannot be made (Not a directory)"),
         (["--unknown"], "--unknown"),
         *(([name, "--unknown"], "--unknown") for name in COMMANDS if name != "compare"),
         (["compare", "a.json"], "NEW"),
@@ -235,12 +249,23 @@ def test_bad_arguments(arguments: list[str], words: str, capsys: pytest.CaptureF
 
 
 def test_names_of_variants(tiny_setting: Setting) -> None:
-    assert [*MEANINGS] == [*dict.fromkeys([*ON_GPU, *ON_CPU, *RIVALS])] or set(MEANINGS) == {*ON_GPU, *ON_CPU, *RIVALS}
+    assert {*MEANINGS} == {*ON_GPU, *ON_CPU, *RIVALS}
     on_cpu = [*variants(tiny_setting)]
     assert on_cpu == [*ON_CPU, "diffusers", "diffusers-compiled", "diffusers-max-autotune", "openvino"]
-    on_gpu = Setting(tiny_setting.source, torch.device("cuda", 0), "fp16", 1, 1, 1)
+    on_gpu = replace(tiny_setting, device=torch.device("cuda", 0), dtype="fp16")
     assert [*variants(on_gpu)] == [*ON_GPU, "diffusers", "diffusers-compiled", "diffusers-max-autotune"]
-    assert [*variants(tiny_setting, ("diffusers", "ours-eager"))] == ["ours-eager", "diffusers"]
+    wanted = replace(tiny_setting, only=("diffusers", "ours-eager"))
+    assert [*variants(wanted)] == ["ours-eager", "diffusers"]
+    assert "pytorch" in variants(replace(tiny_setting, source=replace(tiny_setting.source, stock=None)))
+
+
+def test_nobody_always_follows_the_same() -> None:
+    rounds = [turn(list("abcd"), number) for number in range(8)]
+    assert all(sorted(order) == list("abcd") for order in rounds)
+    assert [order[0] for order in rounds] == list("abcdabcd")
+    before = {(order[i - 1], order[i]) for order in rounds for i in range(1, 4)}
+    assert {("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")} <= before
+    assert turn([], 3) == []
 
 
 def test_table_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
