@@ -164,7 +164,7 @@ class Loop:
             device, len(self.buffers.x) * (2 if shape.guided else 1), shape.height, shape.width
         )
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._table: StepTable | None = None
+        self._table: StepTable | None = None  # the one that the buffers hold
         self._chain: object | None = None  # the one whose state the buffers hold
         self._lock = lock or threading.RLock()
 
@@ -238,10 +238,14 @@ class Loop:
             self.buffers.x_0.zero_()  # there is no previous x_0 at the first step
 
     def _set_table(self, table: StepTable) -> None:
-        if table is not self._table:  # batches of one run share theirs
-            self.buffers.coefficients[: len(table)].copy_(table.coefficients)
+        if table is self._table:  # batches of one run share theirs
+            return
+        last, self._table = self._table, None  # neither, should this be interrupted
+        self.buffers.coefficients[: len(table)].copy_(table.coefficients)
+        # A row depends on the timestep and on frozen weights alone: those of the last chain serve the same timesteps.
+        if last is None or not torch.equal(last.network_timesteps, table.network_timesteps):
             self.buffers.time[: len(table)].copy_(self.network.time.table(table.distinct)[table.time_rows])
-            self._table = table
+        self._table = table
 
     def _run_step(self) -> None:
         if self.captured:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpm.checks import is_integer, is_number, one_of
-from ddpm.coefficients import ancestral_row, conditioned_row, ddim_row
+from ddpm.coefficients import ancestral_rows, conditioned_rows, ddim_rows
 from ddpm.kernels.reverse_step import COLUMNS, PLANES
 from ddpm.rules import SAMPLERS, SamplingRules
 from ddpm.schedule import NoiseSchedule
@@ -108,12 +108,12 @@ def step_table(
     if strength is not None:
         walked = _started(len(chain.rising), strength)
         chain = replace(chain, rising=chain.rising[:walked])
-        alpha_bar = float(chain.level(walked - 1))
+        alpha_bar = float(chain.levels()[walked - 1])
         start = (alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
     walk = repaint_walk(len(chain.rising), *(resample or (1, 1)))
-    rows = {step: chain.row(*step, guidance) for step in set(walk)}  # inpainting repeats its steps
-    coefficients = torch.stack([rows[step] for step in walk])
-    visited = torch.tensor([chain.rising[state] for state, _ in walk])
+    states, after = torch.tensor(walk).unbind(1)
+    coefficients = chain.rows(states, after, guidance)
+    visited = torch.tensor(chain.rising)[states]
     _check_finite(coefficients, visited, schedule)
     distinct, time_rows = visited.unique(return_inverse=True)
     if chain.rules.rescale_timesteps:
@@ -136,22 +136,32 @@ class _Chain:
     rising: list[int]
     lag: int | None
 
-    def level(self, state: int) -> Tensor:
-        """alphas_cumprod of a state."""
+    def levels(self) -> Tensor:
+        """alphas_cumprod of the states, [S + 1]: that of state -1 is the last."""
         table = self.schedule.alphas_cumprod
-        return torch.ones((), dtype=table.dtype) if state < 0 else table[self.rising[state]]
+        return torch.cat([table[self.rising], table.new_ones(1)])
 
-    def row(self, state: int, after: int, guidance: float) -> Tensor:
-        """Coefficients of the step from a state to the one below, which ends in `after` where it jumps back."""
-        rules, t, a, reached = self.rules, self.rising[state], self.level(state), state - 1
-        p = _alpha_bar_after(self.schedule, rules, t - self.lag if self.lag else self.rising[reached] if state else -1)
+    def rows(self, states: Tensor, after: Tensor, guidance: float) -> Tensor:
+        """Coefficients of steps, float32 [L, len(COLUMNS)].
+
+        Args:
+            states: int64 [L], from which each steps to the one below; it ends in `after`, [L], where it jumps back.
+        """
+        rules, levels = self.rules, self.levels()
+        a, p = levels[:-1], self._levels_after()
         if rules.sampler == "ddim":
-            row = ddim_row(a, p, rules)
+            rows = ddim_rows(a, p, rules)
         else:
-            first = state + 1 == len(self.rising)
-            before = self.level(state + 1) if rules.convention == "openai" and not state and not first else None
-            row = ancestral_row(a, p, rules, noisy=_adds_noise(rules, t, last=not state), before=before)
-        return conditioned_row(row, self.level(reached), self.level(after), guidance)
+            noisy = [_adds_noise(rules, t, last=not state) for state, t in enumerate(self.rising)]
+            rows = ancestral_rows(a, p, rules, noisy=torch.tensor(noisy))
+        return conditioned_rows(rows[states], levels[states - 1], levels[after], guidance)
+
+    def _levels_after(self) -> Tensor:
+        """alphas_cumprod at which the family has the step from each state end, [S]."""
+        table, rules = self.schedule.alphas_cumprod, self.rules
+        reached = torch.tensor([t - self.lag for t in self.rising] if self.lag else [-1, *self.rising[:-1]])
+        end = table[0] if rules.sampler == "ddim" and not rules.set_alpha_to_one else table.new_ones(())
+        return torch.where(reached < 0, end, table[reached])
 
     def draws(self, state: int, after: int, *, inpaint: bool) -> tuple[int, ...]:
         """What that step draws from a generator, see `StepTable`."""
@@ -236,15 +246,6 @@ def _of_this_chain(rules: SamplingRules, sampler: str, eta: float | None, ddim_e
         eta=rules.eta if eta is None else eta,
         ddim_epsilon=ddim_epsilon or rules.ddim_epsilon,
     )
-
-
-def _alpha_bar_after(schedule: NoiseSchedule, rules: SamplingRules, timestep: int) -> Tensor:
-    """alphas_cumprod of the next timestep; a negative one is the end of the chain, 1."""
-    if timestep >= 0:
-        return schedule.alphas_cumprod[timestep]
-    if rules.sampler == "ddim" and not rules.set_alpha_to_one:
-        return schedule.alphas_cumprod[0]
-    return torch.ones((), dtype=schedule.alphas_cumprod.dtype)
 
 
 def _adds_noise(rules: SamplingRules, timestep: int, *, last: bool) -> bool:

@@ -73,7 +73,7 @@ class TimePath(nn.Module):
         return (self.embedding_dim if self.conditional else self.width) + self.divides_by_time
 
     def table(self, timesteps: Tensor) -> Tensor:
-        """float32 [S, columns] for timesteps [S], computed once per chain on the CPU in float32."""
+        """float32 [S, columns] for timesteps [S], computed on the CPU in float32, ahead of the chain."""
         rows = self.embed_time(timesteps)  # [S, embedding_dim]
         if not self.conditional:
             rows = F.linear(self.activation(rows), torch.cat(self._weights), torch.cat(self._biases))

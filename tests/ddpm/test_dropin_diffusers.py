@@ -313,6 +313,7 @@ def test_the_scheduler_is_read_at_every_call(change):
     fast = ddpm.accelerate(pipe)
     sampler = fast.sampler
     before = stock_images(pipe, 2, generator(), num_inference_steps=STEPS)
+    assert_same_images(pipe, fast)
     change(fast)
     assert_same_images(pipe, fast)
     assert float((fast.sampler.loops[-1].buffers.x - before).abs().max()) > 100 * CHAIN

@@ -209,7 +209,8 @@ def test_a_learned_variance_is_not_dropped_in_silence():
         images(ddpm.Sampler.from_module(Own(), BETAS, SHAPE, variance_type="learned_range"))
 
 
-def test_betas_that_give_no_step_are_refused():
+@pytest.mark.parametrize("rules", [{}, {"sampler": "ddim", "ddim_epsilon": "rederived"}], ids=["ddpm", "ddim"])
+def test_betas_that_give_no_step_are_refused(rules):
     """Of 1e-9 nothing is left in float32: alphas_cumprod is 1, and the last step 0 / 0."""
     with pytest.raises(ValueError, match="no finite step at timestep 0, where alphas_cumprod is 1"):
-        images(ddpm.Sampler.from_module(Own(), torch.linspace(1e-9, 0.02, 60), SHAPE))
+        images(ddpm.Sampler.from_module(Own(), torch.linspace(1e-9, 0.02, 60), SHAPE, **rules))

@@ -13,6 +13,7 @@ from torch import nn
 import ddpm
 from ddpm import loop as loops
 from ddpm import sampler as samplers
+from ddpm.checkpoints import load_checkpoint
 from ddpm.fused import GroupNormSiLU
 from ddpm.loop import decide_compile
 from tests.helpers import save_tiny
@@ -200,6 +201,48 @@ def test_ten_images_at_batch_size_four_make_one_loop(sampler):
     assert [(loop.shape.batch, loop.compilations, loop.captures) for loop in sampler.loops] == [(4, 0, 0)]
     sample(sampler, 6, seeds=range(6), batch_size=4, steps=7)
     assert len(sampler.loops) == 1
+
+
+def test_the_time_table_is_made_anew_where_the_timesteps_change_and_only_there(checkpoint, sampler, monkeypatch):
+    """What is done at them is another thing: the coefficients are those of the call."""
+    made, make = [], sampler.network.time.table
+    monkeypatch.setattr(sampler.network.time, "table", lambda told: made.append(len(told)) or make(told))
+    ddim = {"sampler": "ddim", "eta": 0.5}
+    first = sample(sampler, 2, seeds=[0, 1])
+    assert torch.equal(sample(sampler, 2, seeds=[0, 1]), first)
+    other = sample(sampler, 2, seeds=[0, 1], steps=None, timesteps=[75, 50, 25, 0], **ddim)
+    assert torch.equal(other, sample(ddpm.load(checkpoint, device="cpu", compile=False), 2, seeds=[0, 1], **ddim))
+    assert made == [4]
+    for chain in ({"spacing": "trailing"}, {"steps": 3}):  # as long, with other timesteps; and shorter
+        assert not torch.equal(sample(sampler, 2, seeds=[0, 1], **chain), first)
+    assert made == [4, 4, 3]
+    assert torch.equal(sample(sampler, 2, seeds=[0, 1]), first)
+    assert made == [4, 4, 3, 4]
+    assert len(sampler.loops) == 1
+
+
+def test_a_chain_that_is_interrupted_before_its_first_step_leaves_nothing_behind(sampler, monkeypatch):
+    run = sampler.plan(2, seeds=[0, 1], steps=4, progress=False)
+    first = run.final()
+
+    def interrupted(timesteps):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler.network.time, "table", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sample(sampler, 2, steps=5)
+    assert torch.equal(run.final(), first)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_capturing_is_the_loops_business(checkpoint, monkeypatch, capture):
+    asked, make = [], samplers.Loop
+    monkeypatch.setattr(samplers, "Loop", lambda *given, **options: asked.append(options) or make(*given, **options))
+    sample(ddpm.Sampler(load_checkpoint(checkpoint), device="cpu", compile=False, capture=capture), 1, seeds=[0])
+    assert [options["captured"] for options in asked] == [capture]
+    with pytest.raises(ValueError, match="capture"):
+        ddpm.Sampler(load_checkpoint(checkpoint), device="cpu", capture="no")
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,16 @@ def test_the_last_step_at_zero_returns_x_0():
     row = step_table(linear(), SamplingRules(), 1000).coefficients[-1]
     assert float(row[COLUMNS.index("c0")]) == 1.0
     assert float(row[COLUMNS.index("cx")]) == 0.0
+
+
+@pytest.mark.parametrize("variance", ["learned_range", "fixed_large"])
+def test_a_chain_of_one_step_has_no_step_before_it(variance):
+    """OpenAI's code takes V of that one for the last step's, of which it is 0."""
+    table = step_table(linear(), SamplingRules(convention="openai", variance_type=variance), timesteps=[500])
+    log_beta = math.log(1 - float(linear().alphas_cumprod[500]))
+    low = math.log(1e-20) if variance == "learned_range" else log_beta
+    columns = [COLUMNS.index(name) for name in ("log_min", "log_max")]
+    assert table.coefficients[0, columns].tolist() == pytest.approx([low, log_beta], rel=1e-6)
 
 
 def test_fixed_large_log_is_refused_with_a_remedy():
