@@ -17,12 +17,14 @@ from ddpm.schedule import NoiseSchedule
 
 @torch.no_grad()
 def sample_reference(
-    network: Callable[[Tensor, Tensor], Tensor],
+    network: Callable[..., Tensor],
     schedule: NoiseSchedule,
     rules: SamplingRules,
     timesteps: Sequence[int],
     x_T: Tensor,
     draw: Callable[[int], Tensor],
+    *,
+    self_condition: bool = False,
 ) -> Tensor:
     """x_0 from x_T.
 
@@ -33,18 +35,21 @@ def sample_reference(
         timesteps: strictly descending.
         x_T: standard normal, float32 [N, C, H, W].
         draw: draw(i) returns step i's standard normal noise, like x_T; called only where t > 0.
+        self_condition: the network is called as network(x_t, t, x_0), x_0 being the estimate of the step before, zeros
+            in the first (Chen et al. 2022, "Analog Bits").
 
     Returns:
         float32 [N, C, H, W], not clamped.
     """
-    x = x_T
+    x, x_0 = x_T, torch.zeros_like(x_T)
     for i, t in enumerate(timesteps):
         alpha_bar = schedule.alphas_cumprod[t]
         alpha_bar_prev = schedule.alphas_cumprod[timesteps[i + 1]] if i + 1 < len(timesteps) else torch.tensor(1.0)
         alpha = alpha_bar / alpha_bar_prev
         beta = 1 - alpha
 
-        out = network(x, torch.tensor(t, device=x.device))
+        t_now = torch.tensor(t, device=x.device)
+        out = network(x, t_now, x_0) if self_condition else network(x, t_now)
         prediction, v = out.chunk(2, dim=1) if rules.learned_variance else (out, None)
         x_0 = clip(predict_x_0(prediction, x, alpha_bar, rules.prediction_type), rules)
 

@@ -11,7 +11,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     """("image_size=64", "learn_sigma=true") -> {"image_size": 64, "learn_sigma": True}; other values are text.
 
     Raises:
-        ValueError: no "=", or a name given twice.
+        ValueError: no "=", a name given twice, or one that is of the sampler.
     """
     result: dict[str, Any] = {}
     for text in texts:
@@ -21,7 +21,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         if name in result:
             raise ValueError(f"option {name} is given twice")
         if name in ("device", "dtype", "compile", "source"):
-            raise ValueError(f"{name} is not an option of a checkpoint; see ddpm --help for its own place")
+            raise ValueError(f"{name} is not an option of a checkpoint; see --help for its own place")
         try:
             result[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:

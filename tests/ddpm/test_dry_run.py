@@ -287,6 +287,7 @@ def test_a_second_chain_is_captured_no_more():
             x = torch.zeros(n, 3, 16, 16, device=DEVICE)
             assert len(walk(loop, steps, x, seeds=torch.zeros(n, dtype=torch.int64, device=DEVICE))) == n
     assert len(dry.captures) == loop.captures == 1
+    assert loop.capture_s > 0
     assert dry.replays == 2 * STEPS
     assert dry.ranges == ["ddpm prepare", *(f"ddpm step {i}" for i in range(STEPS))] * 2
     assert not dry.open_ranges
