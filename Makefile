@@ -11,6 +11,9 @@ ORIGINALS := $(VENV)/lucidrains
 LUCIDRAINS_VERSIONS := 2.3.4 1.11.1 1.9.6 1.8.15 1.7.7 1.7.1 1.6.4 0.32.0
 LUCIDRAINS := $(LUCIDRAINS_VERSIONS:%=$(ORIGINALS)/%/denoising_diffusion_pytorch/__init__.py)
 
+# Most tests are small: a process a core, each on one thread, takes half the time of one process on all of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
 .PHONY: help sample test test-slow originals test-originals lint gpu clean
 
 help:
@@ -31,11 +34,11 @@ sample: $(VENV)/ready
 	$(BIN)/ddpm sample --seeds 0-15 --grid --out samples
 
 test: $(VENV)/ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpret and not slow and not originals" -q
-	$(BIN)/python -m pytest -m "not interpret and not slow and not originals" -q
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow and not originals"
+	$(PYTEST) -m "not interpret and not slow and not originals"
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m "slow and not interpret and not originals" -q
+	$(PYTEST) -m "slow and not interpret and not originals"
 
 # Without their dependencies, which would bring another torch; tests/originals/lucidrains.py stands in for those.
 $(ORIGINALS)/dependencies/einops/__init__.py: | $(VENV)/ready
@@ -47,7 +50,7 @@ $(ORIGINALS)/%/denoising_diffusion_pytorch/__init__.py: | $(VENV)/ready
 originals: $(ORIGINALS)/dependencies/einops/__init__.py $(LUCIDRAINS)
 
 test-originals: originals
-	REQUIRE_ORIGINALS=1 $(BIN)/python -m pytest tests/originals tests/ddpm -m originals -q
+	REQUIRE_ORIGINALS=1 $(PYTEST) tests/originals tests/ddpm -m originals
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -11,6 +11,10 @@ import torch
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# torch keeps the functions that heed a default device from its first use on: it must not find one that a test replaced.
+with torch.device("meta"):
+    torch.empty(0)
+
 # Plans that somebody measured on this machine are not what tests judge; some tests set it themselves.
 os.environ["DDPM_PLANS"] = ""
 

@@ -24,13 +24,16 @@ from bench.environment import ROOT
 
 pytest_plugins = ["pytester"]
 
+# In a process that pytest-xdist started, pytest-benchmark would time nothing.
+XDIST = "PYTEST_XDIST_WORKER"
 BENCHMARKS = {path.stem for path in (ROOT / "bench").glob("bench_*.py")}
 
 
 def run_benchmarks(*options: str, **variables: str) -> None:
     """`pytest *options` in the repository's root; it has to end well."""
     pytest.importorskip("pytest_benchmark")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    left_out = ("TRITON_INTERPRET", XDIST)
+    environment = {name: value for name, value in os.environ.items() if name not in left_out} | variables
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -166,6 +169,7 @@ def benchmark_on(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> 
 
         gpu.replaces(monkeypatch, l2_bytes)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.delenv(XDIST, raising=False)
         pytester.makeconftest("pytest_plugins = ['bench.conftest']")
         pytester.makepyfile(test_op="def test_op(timed, kernel): timed(kernel, None, 3000)")
         options = ("test_op.py::test_op[cuda-kernel]", "--benchmark-json=out.json")
