@@ -5,21 +5,27 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from bench.architectures import ARCHITECTURES, DEMO
 from bench.source import Source, checkpoint_source, random_source
+from ddpm.checkpoints import Checkpoint
 from ddpm.checkpoints.options import parse_options
+from ddpm.devices import DTYPES, resolve_device
+from ddpm.kernels import backend
 
 OUT = Path(__file__).parent / "out"
 
-# Each is a module of this name with main(arguments) -> exit code; its docstring's first line says what it does.
+# Each is a module of this name with main(arguments) -> exit code.
 COMMANDS = {
-    "compare": "compare two JSON files",
-    "profile": "where a step's time goes",
+    "profile": "where a step's time goes, by layer and by kernel",
     "scale": "cost against batch, resolution and steps",
+    "compare": "what changed between two JSON files",
     "roofline": "a step's launches, products and bytes, counted without a GPU",
     "gpu": "the GPU tests, then a fixed set of comparisons",
     "readme": "the README's numbers from the committed results",
@@ -27,6 +33,8 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
+    """Argparse's, with errors of one sentence."""
+
     def error(self, message: str) -> NoReturn:
         """One sentence instead of the usage text; `main` prints it."""
         raise ValueError(message)
@@ -79,6 +87,16 @@ def open_source(options: argparse.Namespace, folder: Path, *, rivals: bool = Tru
     return random_source(options.arch, folder, rivals=rivals)
 
 
+def listed(title: str, entries: Mapping[str, str]) -> str:
+    """Names and what they mean, for the end of a help text."""
+    width = max(map(len, entries)) + 2
+    lines = [
+        textwrap.fill(meaning, 100, initial_indent=f"  {name:{width}}", subsequent_indent=" " * (width + 2))
+        for name, meaning in entries.items()
+    ]
+    return "\n".join([f"{title}:", *lines])
+
+
 def parse_numbers(name: str, text: str) -> list[int]:
     """ "1,16" -> [1, 16].
 
@@ -104,19 +122,61 @@ def parse_names(name: str, text: str, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(parts))
 
 
-def check_options(options: argparse.Namespace, *numbers: str) -> None:
-    """Make the directory --out.
+def add_device(parser: argparse.ArgumentParser, *, dtype: bool = False) -> None:
+    """Where it runs; and, if asked for, the one precision that it runs in."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    if dtype:
+        parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)} (auto: fp32)")
+
+
+def add_out(parser: argparse.ArgumentParser, files: str) -> None:
+    """The directory of these files, made when the arguments are read."""
+    parser.add_argument("--out", type=directory, default=str(OUT), help=f"directory of {files} (bench/out)")
+
+
+def directory(text: str) -> Path:
+    """There from now on.
 
     Raises:
-        ValueError: one of these numbers, if given, is not positive; or there can be no such directory.
+        ValueError: there can be no such directory.
     """
-    for name in numbers:
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise argparse.ArgumentTypeError(f"{path} is a file; expected a directory") from error
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be made ({error.strerror}); name another directory") from error
+    return path
+
+
+def timed_device(name: str) -> torch.device:
+    """The device that is measured.
+
+    Raises:
+        ValueError: it is not there, or Triton's interpreter would be timed.
+    """
+    if backend.INTERPRET:
+        raise ValueError("TRITON_INTERPRET is set, and the interpreter is never timed; unset it")
+    return resolve_device(name)
+
+
+def check_positive(options: argparse.Namespace, *names: str) -> None:
+    """
+    Raises:
+        ValueError: one of these numbers, if given, is not positive.
+    """
+    for name in names:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise ValueError(f"--out {options.out} is a file; expected a directory") from error
-    except OSError as error:
-        raise ValueError(f"--out {options.out} cannot be made ({error.strerror}); name another directory") from error
+
+
+def check_steps(steps: int, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        ValueError: a chain cannot have so many.
+    """
+    total = checkpoint.schedule.num_train_timesteps
+    if steps > total:
+        raise ValueError(f"--steps {steps} is more than the {total} steps of {checkpoint.source}")

@@ -1,43 +1,49 @@
 """`python -m bench compare OLD NEW`: what changed between two JSON files, beyond what runs of one code differ by.
 
-A variant of ours has changed where its range of rounds (p20 to p80) and the old one's, widened by the tolerance, do
-not meet. On a CPU two runs differ most by what the machine did meanwhile, which is common to all variants of a run:
-there the ranges must not meet either once the drift of the rivals, timed by turns with it, is taken out. On a GPU there
-is no such correction: a captured step waits for the GPU, a rival's for the host.
+A variant of ours has changed where the 95 % intervals of its median and of the old one's, widened by the tolerance, do
+not meet. On a CPU runs differ most by what the machine did meanwhile, which is common to all variants of a round: there
+a round counts as a multiple of the rivals' in it, and the milliseconds have to have changed the same way. On a GPU
+there is no such correction: a captured step waits for the GPU, a rival's for the host.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.cli import Parser
 from bench.report import print_cells
-from bench.rows import VERSION, Row, is_ours, is_timed
+from bench.rows import OUT_OF_TIME, VERSION, Row, is_ours, is_timed
 
 KEY = ("checkpoint", "dtype", "batch", "steps", "variant")
-# What must be the same for two runs to be of one machine.
-MACHINE = ("gpu", "driver", "cpu", "threads", "torch", "triton", "diffusers", "openvino")
+# What must be the same for two runs to be of one machine and one software.
+MACHINE = ("gpu", "driver", "cpu", "threads", "cuda", "cudnn", "torch", "triton", "diffusers", "openvino")
 COLUMNS = ("checkpoint", "dtype", "batch", "variant", "old ms", "new ms", "change", "beside rivals", "verdict")
 LEFT = ("checkpoint", "dtype", "variant", "verdict")
 SLOWER, FASTER, SAME = "slower", "faster", "no difference"
 BROKEN, MENDED = "broken", "mended"
 FEW, UNTIMED, NO_CODE = "too few rounds", "not timed", "a rival"
 LEAST_ROUNDS = 3
-# A reason without a speed that says nothing of the code.
-OUT_OF_TIME = "skipped: out of time"
 
 
 @dataclass(frozen=True)
 class Change:
-    """Of one row. Attributes: old, new; drift, how much slower the machine was the second time; verdict."""
+    """Of one row.
+
+    Attributes:
+        old, new: rows.
+        beside: new over old multiple of the rivals, medians; None where no rival is beside both.
+        verdict: one of those above.
+    """
 
     old: Row
     new: Row
-    drift: float
+    beside: float | None
     verdict: str
 
     @property
@@ -105,46 +111,70 @@ def compare(old: list[Row], new: list[Row], tolerance: float, *, correct: bool) 
 
     Args:
         tolerance: relative.
-        correct: for the machine's drift.
+        correct: for what the machine did meanwhile.
     """
     before = {key(row): row for row in old}
     pairs = [(before[key(row)], row) for row in new if key(row) in before]
-    return [judge(first, second, drift(second, pairs) if correct else 1.0, tolerance) for first, second in pairs]
+    return [judge(*pair, multiples(*pair, pairs) if correct else None, tolerance) for pair in pairs]
 
 
 def key(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def drift(row: Row, pairs: list[tuple[Row, Row]]) -> float:
-    """How much slower the machine was the second time: the median ratio of the rivals timed beside this row.
+def multiples(old: Row, new: Row, pairs: list[tuple[Row, Row]]) -> tuple[list[float], list[float]] | None:
+    """Of each round of a variant of ours, the multiple of the rivals' median in it; None where both have no rival."""
+    beside = [pair for pair in pairs if key(pair[1])[:-1] == key(new)[:-1] and not is_ours(pair[1]["variant"])]
+    rivals = [pair for pair in beside if all(map(is_timed, pair))]
+    if not rivals or not is_ours(new["variant"]) or not (is_timed(old) and is_timed(new)):
+        return None
+    before, after = zip(*rivals, strict=True)
+    return relative(old, before), relative(new, after)
 
-    1 for a rival itself, and where no rival was timed.
+
+def relative(row: Row, rivals: Sequence[Row]) -> list[float]:
+    """A row's rounds over the rivals' median in each."""
+    rounds = zip(row["samples_ms"], *(rival["samples_ms"] for rival in rivals), strict=True)
+    return [ms / statistics.median(others) for ms, *others in rounds]
+
+
+def judge(old: Row, new: Row, multiples: tuple[list[float], list[float]] | None, tolerance: float) -> Change:
+    """The verdict on one row; rivals are no code of ours, and get none.
+
+    Args:
+        multiples: of the rivals, by round, old and new; None where milliseconds are to be compared.
     """
-    if not is_ours(row["variant"]):
-        return 1.0
-    beside = [(a, b) for a, b in pairs if not is_ours(b["variant"]) and key(b)[:-1] == key(row)[:-1]]
-    ratios = [b["ms_per_step"] / a["ms_per_step"] for a, b in beside if is_timed(a) and is_timed(b)]
-    return statistics.median(ratios) if ratios else 1.0
-
-
-def judge(old: Row, new: Row, machine: float, tolerance: float) -> Change:
-    """The verdict on one row; `machine` is its drift. Rivals are no code of ours, and get none."""
+    beside = None if multiples is None else statistics.median(multiples[1]) / statistics.median(multiples[0])
     timed = is_timed(old), is_timed(new)
     if not is_ours(new["variant"]):
-        return Change(old, new, machine, NO_CODE if all(timed) else UNTIMED)
-    if timed != (True, True):
+        verdict = NO_CODE if all(timed) else UNTIMED
+    elif timed != (True, True):
         excused = OUT_OF_TIME in (old["status"], new["status"])
         verdict = UNTIMED if excused else {(False, False): SAME, (True, False): BROKEN, (False, True): MENDED}[timed]
     elif min(old["rounds"], new["rounds"]) < LEAST_ROUNDS:
         verdict = FEW
-    elif all(new["p20"] / slower > old["p80"] * (1 + tolerance) for slower in (1.0, machine)):
-        verdict = SLOWER
-    elif all(new["p80"] / slower < old["p20"] / (1 + tolerance) for slower in (1.0, machine)):
-        verdict = FASTER
     else:
-        verdict = SAME
-    return Change(old, new, machine, verdict)
+        rounds = multiples or (old["samples_ms"], new["samples_ms"])
+        (old_low, old_high), (new_low, new_high) = map(interval, rounds)
+        ratio, most = new["ms_per_step"] / old["ms_per_step"], 1 + tolerance
+        if new_low > old_high * most and ratio > 1:
+            verdict = SLOWER
+        elif new_high * most < old_low and ratio < 1:
+            verdict = FASTER
+        else:
+            verdict = SAME
+    return Change(old, new, beside, verdict)
+
+
+def interval(rounds: Sequence[float]) -> tuple[float, float]:
+    """Two of the rounds between which the median of all possible ones lies, 95 times of 100.
+
+    Their ranks are the normal approximation's (Conover 1999, section 3.2), rounded outwards.
+    """
+    ordered, n = sorted(rounds), len(rounds)
+    half = 1.96 * math.sqrt(n) / 2
+    low, high = math.floor(n / 2 - half), math.ceil(n / 2 + 1 + half)  # from 1
+    return ordered[max(low, 1) - 1], ordered[min(high, n) - 1]
 
 
 def cells(change: Change) -> list[str]:
@@ -155,7 +185,6 @@ def cells(change: Change) -> list[str]:
         return "-" if ratio is None else f"{ratio - 1:+.1%}"
 
     new, ratio = change.new, change.ratio
-    beside = None if ratio is None or change.drift == 1.0 else ratio / change.drift
     verdict = change.verdict if change.verdict != BROKEN else f"{BROKEN}: {new['status']}"
     row = [new["checkpoint"], new["dtype"], str(new["batch"]), new["variant"], ms(change.old), ms(new)]
-    return [*row, percent(ratio), percent(beside), verdict]
+    return [*row, percent(ratio), percent(change.beside), verdict]

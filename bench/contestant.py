@@ -13,10 +13,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.events import ran_on_gpu
+from bench.limits import measure_ceiling
 from bench.setting import Setting
-from bench.variants import Make
+from bench.timing import seconds_of
+from bench.variant import Make, Variant, packages_of
 
 POLL_S = 0.05
-# NVML's energy counter moves in steps of up to 0.1 s, at both ends of the window.
-ENERGY_WINDOW_S = 3.0
 
 
 class Failed(Exception):
@@ -46,22 +49,23 @@ class Contestant:
 
     def __init__(self, make: Make, setting: Setting):
         self.make, self.setting = make, setting
-        self.variant: Any = None
+        self.variant: Variant | None = None
         self.waiting: Callable[[], Any] = lambda: None  # nobody waits
 
     def load(self) -> float:
         """Seconds to make the variant; its packages are imported before."""
-        for name in getattr(getattr(self.make, "func", self.make), "packages", ()):
+        for name in packages_of(self.make):
             importlib.import_module(name)
-        begun = time.perf_counter()
-        self.variant = self.make(self.setting)
-        synchronize(self.setting.device)
-        return time.perf_counter() - begun
+
+        def make() -> None:
+            self.variant = self.make(self.setting)
+
+        return seconds_of(make, self.setting.device)
 
     def warm(self) -> dict[str, float | None]:
-        """Run its first chains: compile_s and capture_s, see schema.json."""
+        """Run its first chains: compile_s and capture_s, see schemas/run.json."""
         first = self.chain()
-        capture_s = getattr(self.variant, "capture_s", None)
+        capture_s = self.variant.capture_s
         compile_s = max(first - self.chain() - (capture_s or 0.0), 0.0)
         if self.setting.device.type == "cuda":
             torch.cuda.empty_cache()  # the others need memory too
@@ -69,23 +73,23 @@ class Contestant:
 
     def chain(self) -> float:
         """Seconds of one chain, with the device idle before and after."""
-        synchronize(self.setting.device)
-        begun = time.perf_counter()
-        self.variant.chain()
-        synchronize(self.setting.device)
-        return time.perf_counter() - begun
+        return seconds_of(self.variant.chain, self.setting.device)
 
-    def chains(self) -> tuple[int, float]:
-        """Chains without a pause for ENERGY_WINDOW_S: how many, and their seconds."""
+    def chains(self, window_s: float) -> tuple[int, float]:
+        """Chains without a pause for so many seconds: how many, and their seconds."""
         begun, count, seconds = time.perf_counter(), 0, 0.0
-        while seconds < ENERGY_WINDOW_S:
+        while seconds < window_s:
             self.chain()
             count, seconds = count + 1, time.perf_counter() - begun
         return count, seconds
 
+    def ceiling(self) -> dict[str, Any]:
+        """What this machine's rates are, see schemas/run.json; of no variant."""
+        return measure_ceiling(self.setting.device, self.setting.dtype)
+
     def noise(self) -> str:
-        """That the images are drawn with, "seeds" or "generator"; see `bench.ours`."""
-        return getattr(self.variant, "noise", "generator")
+        """That the images are drawn with; see `Variant`."""
+        return self.variant.noise
 
     def images(self) -> np.ndarray:
         """float32 [N, C, H, W] in [0, 1]."""
@@ -96,15 +100,16 @@ class Contestant:
         return self.variant.seeded_images().numpy()
 
     def launches_per_step(self) -> float | None:
-        """Kernels, copies and fills of a chain on the GPU, per step; None on the CPU."""
+        """Kernels, copies and fills of a chain on the GPU, per step; None on the CPU, and where profiling is not
+        permitted."""
         if self.setting.device.type != "cuda":
             return None
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             self.chain()
-        on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return len(on_device) / self.setting.steps or None  # none at all: the profiler is not permitted here
+        launches = sum(map(ran_on_gpu, profiler.events()))
+        return launches / self.setting.steps or None
 
     def peak_memory_mb(self) -> float:
         """The most memory that this process held so far, in 10^6 bytes: torch's on a GPU, else resident."""
@@ -145,7 +150,8 @@ class Remote:
         self._connection, theirs = context.Pipe()
         arguments = (theirs, make, setting, log, str(caches or self._caches.name))
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
+        with no_interruption():  # Ctrl-C is the parent's alone, also while the process starts
+            self._process.start()
         theirs.close()
 
     def load(self) -> float:
@@ -157,8 +163,11 @@ class Remote:
     def chain(self) -> float:
         return self._call("chain")
 
-    def chains(self) -> tuple[int, float]:
-        return self._call("chains")
+    def chains(self, window_s: float) -> tuple[int, float]:
+        return self._call("chains", window_s)
+
+    def ceiling(self) -> dict[str, Any]:
+        return self._call("ceiling")
 
     def noise(self) -> str:
         return self._call("noise")
@@ -192,10 +201,10 @@ class Remote:
     def _from_now(self) -> float:
         return math.inf if self.limit_s is None else time.monotonic() + self.limit_s
 
-    def _call(self, name: str) -> Any:
+    def _call(self, name: str, *arguments: Any) -> Any:
         end = self._from_now() if self._end is None else self._end
         try:
-            self._connection.send(name)
+            self._connection.send((name, arguments))
             self._busy = True
             while not self._connection.poll(POLL_S):
                 self.waiting()
@@ -211,9 +220,21 @@ class Remote:
         return result
 
 
+@contextmanager
+def no_interruption() -> Iterator[None]:
+    """Ctrl-C waits until the end; processes that are started meanwhile never see it."""
+    resource_tracker.ensure_running()  # or it would be started with the first process, and let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection, make: Make, setting: Setting, log: Path, caches: str) -> None:
     """The process: obey until the connection is closed."""
-    os.setsid()  # Ctrl-C is the parent's; and what this process starts can be ended with it
+    os.setsid()  # what this process starts can be ended with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab", buffering=0) as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -223,15 +244,23 @@ def _serve(connection: Connection, make: Make, setting: Setting, log: Path, cach
     contestant = Contestant(make, setting)
     while True:
         try:
-            name = connection.recv()
+            name, arguments = connection.recv()
         except EOFError:
             return
         try:
-            answer = (True, getattr(contestant, name)())
+            answer = (True, getattr(contestant, name)(*arguments))
         except Exception as error:  # whatever a variant fails with, the others go on
             traceback.print_exc()
             answer = (False, reason(error))
         connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed closes no connection that anyone reads while busy."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def reason(error: Exception) -> str:
@@ -252,8 +281,3 @@ def peak_resident_bytes() -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -18,7 +18,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from bench.page import Figure, Style
-from bench.rows import STEPS_OF_AN_IMAGE, Row, is_ours, is_timed
+from bench.report import shortened
+from bench.rows import Row, is_ours, is_timed, time_to
+from bench.tables import number
 
 DrawPanel = Callable[[Axes, Style], None]
 
@@ -41,7 +43,7 @@ DURATIONS = {
 
 
 @dataclass(frozen=True)
-class Point:
+class Reading:
     """One measurement of a series: median and quintiles of ms per step at x."""
 
     series: str
@@ -100,7 +102,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
 
     def draw(axes: Axes, style: Style, group: Sequence[Row]) -> None:
         for (variant,), line in grouped(sorted(group, key=lambda row: row["batch"]), "variant").items():
-            rates = [1000 * row["batch"] / row["ms_per_step"] for row in line]
+            rates = [row["image_steps_per_s"] for row in line]
             axes.plot([row["batch"] for row in line], rates, **marks.of(variant, style))
         log_axis(axes.xaxis, batches)
         log_axis(axes.yaxis)
@@ -118,11 +120,11 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
 def time_to_images(rows: Sequence[Row]) -> Figure | None:
     """Time from nothing to n images by chains of 1000 steps, at the largest batch of each checkpoint and precision.
 
-    None where no row has both its speed and its times of loading and compiling.
+    None where no row has a speed.
     """
-    known = [row for row in rows if start_s(row) is not None]
-    largest = {key: max(r["batch"] for r in group) for key, group in grouped(known, "checkpoint", "dtype").items()}
-    shown = [row for row in known if row["batch"] == largest[row["checkpoint"], row["dtype"]]]
+    timed = [row for row in rows if is_timed(row)]
+    largest = {key: max(r["batch"] for r in group) for key, group in grouped(timed, "checkpoint", "dtype").items()}
+    shown = [row for row in timed if row["batch"] == largest[row["checkpoint"], row["dtype"]]]
     if not shown:
         return None
     marks = Marks(row["variant"] for row in rows)
@@ -142,8 +144,8 @@ def time_to_images(rows: Sequence[Row]) -> Figure | None:
 
     return Figure(
         alt="Lines of the time to draw n images, for n from 1 to 100,000, one per variant.",
-        caption="Time to import, load, compile and capture, and then to draw n images by chains of 1000 steps, at the "
-        "largest batch size that was measured.",
+        caption="Time to load, compile and capture, and then to draw n images by chains of 1000 steps, at the largest "
+        "batch size that was measured. Packages are imported before.",
         draw=partial(_draw_lines, panels=_line_panels(shown, draw, "checkpoint", "dtype", "batch")),
     )
 
@@ -157,21 +159,8 @@ def image_counts(batch: int) -> np.ndarray:
     return n[n <= IMAGES]
 
 
-def start_s(row: Row) -> float | None:
-    """Seconds from nothing to a variant that is ready; None where it is not known."""
-    times = [row.get("load_s"), row.get("compile_s")]
-    if not is_timed(row) or None in times:
-        return None
-    return sum(times) + (row.get("capture_s") or 0.0)
-
-
-def time_to(row: Row, n: Any) -> Any:
-    """Seconds from nothing to n images, n being a number or an array."""
-    return start_s(row) + np.ceil(n / row["batch"]) * STEPS_OF_AN_IMAGE * row["ms_per_step"] / 1000
-
-
 def power_law(
-    points: Sequence[Point], fits: Sequence[Fit], x: str, *, y: str = "ms per step", caption: str = ""
+    points: Sequence[Reading], fits: Sequence[Fit], x: str, *, y: str = "ms per step", caption: str = ""
 ) -> Figure:
     """A cost against x on logarithmic axes, with bars from p20 to p80 and the fitted laws.
 
@@ -226,8 +215,8 @@ def bars(names: Sequence[str], values: Sequence[float], unit: str, *, top: int =
             axes.barh(y, value, height=0.7, color=style.theme.rival if i == top else style.theme.accent)
             _label(axes, f"{number(value)}  {value / total:.0%}" if total else number(value), value, y)
             if above:
-                _label(axes, _shortened(name, 52), 0, y - 0.85)
-        names_left = [] if above else [_shortened(name, 48) for name, _ in shown]
+                _label(axes, shortened(name, 52), 0, y - 0.85)
+        names_left = [] if above else [shortened(name, 48) for name, _ in shown]
         _name_bars(axes, style, names_left, pitch * (len(shown) - 1) + 1)
         if above:
             axes.set_ylim(top=-1.5)
@@ -276,14 +265,6 @@ def log_axis(axis: Axis, ticks: Sequence[float] | None = None) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def number(value: float, digits: int = 3) -> str:
-    """With at least so many significant digits, and never an exponent: 0.0123, 1.23, 12,346."""
-    if value == 0:
-        return "0"
-    decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
-    return f"{value:,.{decimals}f}"
-
-
 def short_number(value: float) -> str:
     """10k for 10,000."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -301,7 +282,7 @@ def _draw_step_time(canvas: Canvas, style: Style, groups: Mapping[tuple[Any, ...
         longest = max((max(r["ms_per_step"], r["p80"]) for r in group if is_timed(r)), default=1.0)
         for i, row in enumerate(group):
             if not is_timed(row):
-                status = _shortened(row["status"], 26 if style.narrow else 34)
+                status = shortened(row["status"], 26 if style.narrow else 34)
                 # On paper of its own, for the line of the limit to stay behind it.
                 box = {"facecolor": theme.paper, "edgecolor": "none", "pad": 1}
                 _label(axes, status, 0, i, color=theme.muted, style="italic", bbox=box)
@@ -312,7 +293,7 @@ def _draw_step_time(canvas: Canvas, style: Style, groups: Mapping[tuple[Any, ...
             _label(axes, number(ms), max(ms, p80), i)
         _name_bars(axes, style, [row["variant"] for row in group], most)
         _room_for_labels(axes, style, longest)
-        limit = next((row["limit_ms"] for row in group if row.get("limit_ms") is not None), None)
+        limit = next((row["limit_ms"] for row in group if row["limit_ms"] is not None), None)
         if limit is not None:
             axes.axvline(limit, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 2)))
             axes.set_title(f"limit {number(limit)}", loc="right", color=theme.muted, fontweight="normal")
@@ -386,7 +367,3 @@ def _label(axes: Axes, text: str, x: float, y: float, **look: Any) -> None:
 def _room_for_labels(axes: Axes, style: Style, longest: float) -> None:
     axes.set_xlim(0, (longest or 1.0) * (1.35 if style.narrow else 1.25))
     axes.locator_params(axis="x", nbins=4)
-
-
-def _shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"

@@ -14,20 +14,23 @@ from typing import Any
 import torch
 
 from bench.architectures import DEMO
-from bench.cli import OUT, Parser, check_options
+from bench.cli import Parser, add_out, check_positive, timed_device
 from bench.gpu_tests import run_gpu_tests
 from bench.measure import Deadline, Plan
+from bench.report import results_of_tests
 from bench.run import compare_all
 from bench.setting import Setting, chain_timesteps
 from bench.source import Source, checkpoint_source, random_source
 
 CAPTURED = ("ours-graph", "ours-planned", "diffusers", "pytorch")
-COMPILED = ("ours-graph-compiled", "ours-planned-compiled", "diffusers-compiled")
+# The rival with a CUDA graph.
+GRAPHED = ("ours-graph-compiled", "diffusers-reduce-overhead")
+COMPILED = ("ours-planned-compiled", "diffusers-compiled")
 # (architecture, or None for the demo; dtype; batch; variants), what matters most first: time may run out. Compiled ones
 # take a minute each to get ready, and the slowest, max-autotune, would take the time of all others.
 COMPARISONS = (
-    ("cifar10-32", "fp16", 1, (*CAPTURED, "ours-graph-compiled")),
-    ("cifar10-32", "fp16", 256, (*CAPTURED, "ours-graph-compiled")),
+    ("cifar10-32", "fp16", 1, (*CAPTURED, *GRAPHED)),
+    ("cifar10-32", "fp16", 256, (*CAPTURED, *GRAPHED)),
     ("cifar10-32", "fp32", 1, CAPTURED),
     ("cifar10-32", "fp16", 16, CAPTURED),
     ("ddpm-256", "fp16", 1, CAPTURED),
@@ -44,17 +47,17 @@ TESTS_SHARE = 0.5
 
 
 def find_device() -> torch.device | None:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    return timed_device(f"cuda:{torch.cuda.current_device()}") if torch.cuda.is_available() else None
 
 
 def main(argv: list[str]) -> int:
     """Exit code: 0; 1 without a GPU, without a GPU test that ran, or with one that failed; 130 after Ctrl-C."""
     assert __doc__ is not None
     parser = Parser(prog="python -m bench gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT, help="directory of gpu.json (bench/out)")
+    add_out(parser, "gpu.json, gpu.html and gpu.log")
     parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after this time (540)")
     options = parser.parse_args(argv)
-    check_options(options, "seconds")
+    check_positive(options, "seconds")
     device = find_device()
     if device is None:
         print("error: torch finds no CUDA GPU here, and `bench gpu` needs one", file=sys.stderr)
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> int:
 def run(out: Path, seconds: float, device: torch.device) -> int:
     deadline = Deadline(seconds)
     tests = run_gpu_tests(TESTS_SHARE * seconds)
-    print(summary(tests))
+    print("GPU tests:", *results_of_tests(tests), sep="\n  ")
     with tempfile.TemporaryDirectory() as folder:
         # The variants' compilers share what they have: many are the same kernels, and time is short.
         plan = Plan(out / "gpu.log", LIMIT_S, deadline, Path(folder) / "caches")
@@ -86,14 +89,6 @@ def settings(device: torch.device, folder: Path) -> list[Setting]:
 def source(name: str | None, folder: Path) -> Source:
     folder.mkdir(exist_ok=True)
     return checkpoint_source(str(DEMO), {}, folder) if name is None else random_source(name, folder)
-
-
-def summary(tests: dict[str, Any]) -> str:
-    counts = ", ".join(f"{tests[name]} {name}" for name in ("passed", "failed", "skipped"))
-    lines = [f"GPU tests: {counts}" + (f" ({tests['problem']})" if tests["problem"] else "")]
-    lines += [f"  {name}" for name in tests["failures"]]
-    lines += [f"  not collected: {name}" for name in tests["not_collected"]]
-    return "\n".join(lines)
 
 
 def exit_code(tests: dict[str, Any]) -> int:

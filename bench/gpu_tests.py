@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bench.environment import ROOT
 
 # A test file that needs one of these is left out where it is missing; any other error of a file is a failure.
-OPTIONAL = ("click", "diffusers", "huggingface_hub", "matplotlib", "PIL", "pynvml", "pytest_benchmark", "rich", "tqdm")
+OPTIONAL = (
+    "click",
+    "diffusers",
+    "huggingface_hub",
+    "jinja2",
+    "jsonschema",
+    "matplotlib",
+    "PIL",
+    "pynvml",
+    "pytest_benchmark",
+    "rich",
+    "tqdm",
+)
 
 
 def run_gpu_tests(seconds: float) -> dict[str, Any]:
@@ -41,12 +55,17 @@ def run_pytest(junit: Path, seconds: float) -> str | None:
     # The interpreter is for machines without a GPU.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds)
+        code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what a test started, which would be on the GPU
+        process.wait()
     # 0 to 2: tests passed, failed, or some files were not collected; 5: no test. The report tells these apart.
-    return None if done.returncode in (0, 1, 2, 5) else f"pytest ended with code {done.returncode}"
+    return None if code in (0, 1, 2, 5) else f"pytest ended with code {code}"
 
 
 def read_junit(junit: Path) -> dict[str, Any] | None:

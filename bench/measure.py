@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -16,9 +15,20 @@ from bench.contestant import Contestant, Failed, Remote
 from bench.gpu_state import GpuState, summarize
 from bench.limits import Demand, limit_ms
 from bench.ours import Reference
-from bench.rows import STEPS_OF_AN_IMAGE, Row, add_rates, add_speedup, baseline, empty_row, is_timed
+from bench.rows import (
+    OUT_OF_TIME,
+    STEPS_OF_AN_IMAGE,
+    Row,
+    add_rates,
+    add_speedup,
+    baseline,
+    empty_row,
+    is_timed,
+    spread,
+)
 from bench.setting import Setting
-from bench.variants import Make, variants
+from bench.variant import Make
+from bench.variants import variants
 from ddpm.run import progress_bar
 
 
@@ -57,6 +67,9 @@ class Plan:
 
 T = TypeVar("T")
 
+# NVML's energy counter moves in steps of up to 0.1 s, at both ends of the window.
+ENERGY_WINDOW_S = 3.0
+
 # What a variant's images should be, by the noise that it is judged with; or why there is nothing to judge by.
 Expected: TypeAlias = dict[str, np.ndarray] | Failed
 
@@ -76,7 +89,8 @@ class Comparison:
         self.ready: dict[str, Contestant | Remote] = {}
 
     def run(self, expected: Expected, keep: Callable[[Row], None]) -> None:
-        """Hand a row for each variant to `keep`, also when Ctrl-C ends it: then for those with a whole round."""
+        """Hand a row for each variant to `keep`, also when Ctrl-C ends it: then those that are out, and those with a
+        whole round."""
         try:
             for name, make in self.makes.items():
                 self._prepare(name, make, expected)
@@ -96,7 +110,10 @@ class Comparison:
         """Into `ready`, if it gets ready and draws the right images."""
         row = self.rows[name]
         if self.plan.deadline.passed:
-            row["status"] = "skipped: out of time"
+            row["status"] = OUT_OF_TIME
+            return
+        if isinstance(expected, Failed):  # it would get ready for nothing
+            row["status"] = f"skipped: not judged, for the reference failed ({expected})"
             return
         begun = time.monotonic()
         contestant = self.ready[name] = enter(make, self.setting, self.plan)
@@ -120,23 +137,24 @@ class Comparison:
         self.rows[name]["status"] = status
 
     def _time(self) -> None:
-        """Rounds of one chain each; rows hold the whole rounds."""
-        rounds = self.setting.rounds
-        finished = 0
+        """Rounds of one chain each, for the setting's rounds and seconds at least; rows hold the whole rounds."""
+        rounds, finished, begun = self.setting.rounds, 0, time.monotonic()
+        is_done = False
         try:
             with progress_bar(rounds, bool(self.ready) and sys.stderr.isatty()) as advance:
-                while self.ready and finished < rounds and not (finished and self.plan.deadline.passed):
+                while self.ready and not is_done and not (finished and self.plan.deadline.passed):
                     taken = self._round(finished)
                     for name, ms in taken.items():
                         self.rows[name]["samples_ms"].append(ms)
+                        self.rows[name]["rounds"] += 1
                     finished += 1
                     advance()
+                    is_done = finished >= rounds and time.monotonic() - begun >= self.setting.seconds
         finally:
             for name in self.ready if finished else ():
                 row = self.rows[name]
-                p20, median, p80 = (float(p) for p in np.percentile(row["samples_ms"], (20, 50, 80)))
-                status = "ok" if finished == rounds else f"stopped after {finished} of {rounds} rounds"
-                row |= {"ms_per_step": median, "p20": p20, "p80": p80, "rounds": finished, "status": status}
+                row["p20"], row["ms_per_step"], row["p80"] = spread(row["samples_ms"])
+                row["status"] = "ok" if is_done else f"stopped after round {finished}"
 
     def _round(self, number: int) -> dict[str, float]:
         """ms/step of a chain of each variant; one that fails is dropped."""
@@ -150,19 +168,21 @@ class Comparison:
 
     def _account(self) -> None:
         """On a GPU the launches, and energy and clocks of chains without a pause; what fails is missing."""
-        for name, contestant in self.ready.items():
+        for name, contestant in list(self.ready.items()):
             if self.plan.deadline.passed:
                 return
-            with suppress(Failed):  # its time is measured already
+            try:
                 if self.gpu.available:
                     self.rows[name] |= self._energy(contestant)
                 self.rows[name]["launches_per_step"] = contestant.launches_per_step()
+            except Failed:  # its time is measured already; but it may still be busy, and the next is alone on the GPU
+                self.ready.pop(name).close()
 
     def _energy(self, contestant: Contestant | Remote) -> dict[str, Any]:
         readings: list[dict[str, Any]] = []
         contestant.waiting = lambda: readings.append(self.gpu.read())
         before = self.gpu.energy_j()
-        chains, seconds = contestant.chains()
+        chains, seconds = contestant.chains(ENERGY_WINDOW_S)
         after = self.gpu.energy_j()
         contestant.waiting = lambda: None
         found = summarize(readings or [self.gpu.read()])
@@ -194,6 +214,19 @@ def enter(make: Make, setting: Setting, plan: Plan) -> Contestant | Remote:
     return Remote(make, setting, plan.log, min(limits, default=None), plan.caches)
 
 
+def measured_ceiling(setting: Setting, plan: Plan) -> dict[str, Any]:
+    """Of the setting's device and dtype, by a process that leaves nothing on the GPU.
+
+    Raises:
+        Failed: there is no memory for it, say.
+    """
+    meter = enter(Reference, setting, plan)
+    try:
+        return meter.ceiling()
+    finally:
+        meter.close()
+
+
 def expected_images(setting: Setting, plan: Plan) -> Expected:
     """What every variant of this batch size should draw."""
     judge = enter(Reference, setting, plan)
@@ -206,15 +239,16 @@ def expected_images(setting: Setting, plan: Plan) -> Expected:
         judge.close()
 
 
-def difference(contestant: Contestant | Remote, expected: Expected) -> float:
-    """max |difference| of its images.
+def difference(contestant: Contestant | Remote, expected: dict[str, np.ndarray]) -> float:
+    """max |difference| of x_0, which is of images in [-1, 1].
 
     Raises:
-        Failed: they are NaN, or there is nothing to compare with: then there is no speed either.
+        Failed: they are NaN, or of another shape: then there is no speed either.
     """
-    if isinstance(expected, Failed):
-        raise Failed(f"not judged, for the reference failed ({expected})")
-    largest = float(np.abs(contestant.images() - expected[contestant.noise()]).max())
+    images, wanted = contestant.images(), expected[contestant.noise()]
+    if images.shape != wanted.shape:
+        raise Failed(f"its images are {list(images.shape)}, and the reference's {list(wanted.shape)}")
+    largest = float(2 * np.abs(images - wanted).max())
     if largest != largest:
         raise Failed("its images are NaN")
     return largest

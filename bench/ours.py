@@ -1,8 +1,6 @@
 """Our sampler as the benchmark runs it, in several modes; and the plain PyTorch loop that judges everyone.
 
-Every variant has two methods: `chain` runs one chain, to be timed; `images` runs it with noise that the judge knows,
-and gives float32 [N, C, H, W] in [0, 1] on the CPU. Ours are judged by the very graph that is timed, so with seeds;
-others with numerics_generator(). Making a variant is loading it; its `packages` are imported before, untimed.
+Ours are judged by the very graph that is timed, so with the noise of seeds.
 """
 
 from __future__ import annotations
@@ -17,11 +15,13 @@ from torch import Tensor, nn
 from bench.setting import (
     Setting,
     conditions,
+    draw_seeded,
     numerics_generator,
     reference_network,
     state_shape,
     to_unit,
 )
+from bench.variant import Variant
 from ddpm.checkpoints import Checkpoint
 from ddpm.devices import DTYPES
 from ddpm.fused import ModuleNetwork
@@ -31,11 +31,8 @@ from ddpm.reference import sample_reference
 from ddpm.sampler import Sampler
 
 
-class Ours:
+class Ours(Variant):
     """ddpm.Sampler.
-
-    Attributes:
-        noise: by which it is judged.
 
     Args:
         compiled: through torch.compile.
@@ -57,16 +54,14 @@ class Ours:
 
     @property
     def capture_s(self) -> float | None:
-        """Seconds that the capture took."""
         return next((loop.capture_s for loop in self.sampler.loops if loop.capture_s is not None), None)
 
     def chain(self) -> None:
         self.images()
 
     def images(self) -> Tensor:
-        n, timesteps = self.setting.batch, self.setting.timesteps
-        options = {"timesteps": timesteps, "sampler": "ddpm", "batch_size": n, "progress": False}
-        return to_unit(self.sampler.sample(n, seeds=range(n), **options, **self.conditions))
+        s = self.setting
+        return to_unit(draw_seeded(self.sampler, s.batch, timesteps=s.timesteps, **self.conditions))
 
 
 class _Plain(nn.Module):
@@ -82,7 +77,13 @@ class _Plain(nn.Module):
 
 
 def plain_checkpoint(setting: Setting, checkpoint: Checkpoint) -> Checkpoint:
-    """The same with the reference network as a module of one's own, in the setting's dtype."""
+    """The same with the reference network as a module of one's own, in the setting's dtype.
+
+    Raises:
+        ValueError: it is self-conditioned, which no module of one's own can be.
+    """
+    if checkpoint.network.self_condition:
+        raise ValueError("a self-conditioned network cannot run as a module forward(x, t); see the planned variants")
     module = ModuleNetwork(
         _Plain(setting, checkpoint).eval(),
         checkpoint.image_channels,
@@ -92,7 +93,7 @@ def plain_checkpoint(setting: Setting, checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, network=module)
 
 
-class PlainPyTorch:
+class PlainPyTorch(Variant):
     """Ho et al. 2020, algorithm 2, with the reference network: what a family's own code does, one operation at a time.
 
     Args:
@@ -119,12 +120,20 @@ class PlainPyTorch:
         return self._sample(draw(0), draw)
 
     def _sample(self, x_T: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            return self.network(x.to(DTYPES[self.dtype]), t).float()
+        def network(x: Tensor, *rest: Tensor) -> Tensor:
+            return self.network(x.to(DTYPES[self.dtype]), *rest).float()
 
+        checkpoint, timesteps = self.checkpoint, self.setting.timesteps
         with float32_precision(self.dtype == "tf32"):
-            rules, schedule = self.checkpoint.rules, self.checkpoint.schedule
-            x_0 = sample_reference(network, schedule, rules, self.setting.timesteps, x_T, draw)
+            x_0 = sample_reference(
+                network,
+                checkpoint.schedule,
+                checkpoint.rules,
+                timesteps,
+                x_T,
+                draw,
+                self_condition=checkpoint.network.self_condition,
+            )
         return to_unit(x_0.cpu())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from bench.figures import bars
@@ -10,13 +11,18 @@ from bench.profile import table
 from bench.report import device_line
 
 
-def page(content: dict[str, Any]) -> Page:
-    """Of what profile.json holds."""
+def page(content: dict[str, Any], name: str) -> Page:
+    """Of what profile.json holds; `name` is that of the file."""
     where = device_line(content["environment"])
     mode = "compiled" if content["compiled"] else "not compiled"
     lead = f"{content['dtype']}, batch {content['batch']}, {mode}, {where}; the profiler's own cost is in the times."
     found = [section(name[:-1], content[name]) for name in ("layers", "kernels") if content[name]]
-    return Page(title=f"Where a step of {content['checkpoint']} goes", lead=(lead,), sections=tuple(found))
+    return Page(
+        title=f"Where a step of {content['checkpoint']} goes",
+        lead=(lead,),
+        sections=tuple(found),
+        download=(name, json.dumps(content, indent=2) + "\n"),
+    )
 
 
 def section(title: str, rows: list[dict[str, Any]]) -> Section:

@@ -1,4 +1,4 @@
-"""`python -m bench readme`: the README's numbers, from the results in bench/results; launches are counted anew.
+"""`python -m bench readme`: the README's numbers, from the results in bench/results; the launches are counted first.
 
 A block of the README between `<!-- numbers: NAME -->` and `<!-- end -->` is made by the function of that name.
 """
@@ -13,10 +13,11 @@ from typing import Any
 
 from bench.architectures import ARCHITECTURES, architecture
 from bench.cli import Parser
-from bench.environment import ROOT
-from bench.report import write_json
+from bench.environment import ROOT, installed_version
+from bench.report import device_line, write_json
 from bench.roofline import roofline
-from bench.rows import Row
+from bench.rows import Row, is_timed
+from bench.variants import MEANINGS
 
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -71,14 +72,20 @@ def filled(text: str) -> str:
 
 
 def count_launches() -> dict[str, Any]:
-    """Launches of one step on an H100 in fp16 by architecture and batch, and diffusers' operations at batch 1."""
+    """Launches of one step on an H100 in fp16 by architecture and batch, diffusers' operations at batch 1, and the
+    versions that they depend on."""
     planned: dict[str, dict[str, int]] = {}
     stock: dict[str, int] = {}
     for name in ARCHITECTURES:
         counts = {batch: roofline(architecture(name), batch) for batch in COUNTED_BATCHES}
         planned[name] = {str(batch): found["planned"]["launches"] for batch, found in counts.items()}
         stock[name] = counts[1]["diffusers"]["ops"]
-    return {"planned": planned, "diffusers": stock}
+    return {"planned": planned, "diffusers": stock, "versions": versions()}
+
+
+def versions() -> dict[str, str | None]:
+    """That operations are counted with."""
+    return {package: installed_version(package) for package in ("torch", "diffusers")}
 
 
 def launches() -> str:
@@ -93,19 +100,32 @@ def launches() -> str:
 
 
 def cpu() -> str:
-    """ms per step of every variant, and what compiling took."""
-    rows = read("cpu_cifar10-32")["rows"]
+    """Where it was measured, ms per step of every variant, and what compiling took."""
+    content = read("cpu_cifar10-32")
+    rows, at = content["rows"], content["environment"]
     names = [name for name in ON_CPU if any(row["variant"] == name for row in rows)]
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     found = {(row["batch"], row["variant"]): row for row in rows}
     lines = [[f"batch {n}", *(milliseconds(found[n, name]) for name in names)] for n in batches]
-    compiling = ", ".join(f"{found[n, 'ours-compiled']['compile_s']:.0f} s at batch {n}" for n in batches)
+    compiled = [(n, found[n, "ours-compiled"]) for n in batches]
+    seconds = ", ".join(f"{row['compile_s']:.0f} s at batch {n}" for n, row in compiled if is_timed(row))
+    where = f"Random weights, {rows[0]['dtype']}, {rows[0]['steps']} steps, {device_line(at)}, {str(at['date'])[:10]}:"
     text = table(["ms per step", *(ON_CPU[name] for name in names)], lines)
-    return f"{text}\nCompiling took {compiling}; it serves every later chain of its batch size in the process.\n"
+    after = f"Compiling took {seconds}; it serves every later chain of its batch size in the process."
+    return f"{where}\n\n{text}\n{after}\n"
+
+
+def architectures() -> str:
+    names = [[f"`{entry.name}`", entry.origin, f"{entry.parameters:,}"] for entry in ARCHITECTURES.values()]
+    return table(["name", "the network of", "parameters"], names)
+
+
+def variants() -> str:
+    return table(["variant", "what it is"], [[f"`{name}`", meaning] for name, meaning in MEANINGS.items()])
 
 
 def milliseconds(row: Row) -> str:
-    return "-" if row["ms_per_step"] is None else f"{row['ms_per_step']:.0f}"
+    return f"{row['ms_per_step']:.0f}" if is_timed(row) else "-"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -117,4 +137,9 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"launches": launches, "cpu": cpu}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "architectures": architectures,
+    "variants": variants,
+    "launches": launches,
+    "cpu": cpu,
+}

@@ -1,7 +1,7 @@
 """What people use otherwise: diffusers' pipeline as it comes, compiled, or with its network in OpenVINO.
 
 All take the network and the settings from a pipeline directory, walk the same timesteps, and are judged with the same
-noise. See `bench.ours` for what a variant is.
+noise.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from bench.setting import Setting, numerics_generator
+from bench.variant import Variant
 from ddpm.devices import DTYPES
 from ddpm.loop import float32_precision
 
 
-class Diffusers:
+class Diffusers(Variant):
     """DDPMPipeline as it comes, in the setting's precision.
 
     Raises:
         ValueError: diffusers has no such network.
     """
 
-    packages: tuple[str, ...] = ("diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.models.unets.unet_2d")
+    packages = ("diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.models.unets.unet_2d")
 
     def __init__(self, setting: Setting):
         if setting.source.stock is None:
@@ -41,9 +42,9 @@ class Diffusers:
         # low_cpu_mem_usage needs accelerate, and warns without it
         unet = UNet2DModel.from_pretrained(stock, subfolder="unet", low_cpu_mem_usage=False)
         self.pipe = DDPMPipeline(unet, DDPMScheduler.from_pretrained(stock, subfolder="scheduler"))
-        self.pipe.to(setting.device)
         if unet.dtype != DTYPES[setting.dtype]:
-            self.pipe.to(DTYPES[setting.dtype])
+            self.pipe.to(DTYPES[setting.dtype])  # on the CPU, or the GPU would hold the weights twice
+        self.pipe.to(setting.device)
         self.pipe.set_progress_bar_config(disable=True)
         # Another family spaces a short chain in its own way, which the scheduler's settings cannot say.
         own, chain = self.pipe.scheduler.set_timesteps, list(setting.timesteps)

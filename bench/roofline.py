@@ -14,7 +14,7 @@ from bench.architectures import ARCHITECTURES, Architecture, architecture
 from bench.cli import Parser
 from bench.report import print_cells
 from bench.traffic import least_traffic
-from bench.walk import Operation, fused_network, planned_step, stock_step
+from bench.walk import META, Operation, fused_network, planned_step, stock_step
 from ddpm.devices import DTYPES
 from ddpm.kernels import backend
 
@@ -69,7 +69,10 @@ def roofline(entry: Architecture, batch: int, dtype: str = "fp16", gpu: str = "h
     target = GPUS[gpu]
     operations = planned_step(entry, batch, dtype, target)
     stock, network = stock_step(entry, batch, dtype, target)
-    minimum = least_traffic(entry, batch, dtype).total(sum(operation.norm_bytes for operation in operations))
+    with META:
+        plain = entry.network()
+    least = least_traffic(plain, (entry.image_size, entry.image_size), batch, dtype)
+    minimum = least.total(sum(operation.norm_bytes for operation in operations))
     planned = {
         "launches": sum(operation.launches for operation in operations),
         "flops": sum(operation.flops for operation in operations),

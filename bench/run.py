@@ -9,49 +9,76 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.cli import OUT, Parser, add_source, check_options, open_source, parse_names, parse_numbers
+from bench.cli import (
+    COMMANDS,
+    Parser,
+    add_device,
+    add_out,
+    add_source,
+    check_positive,
+    check_steps,
+    listed,
+    open_source,
+    parse_names,
+    parse_numbers,
+    timed_device,
+)
+from bench.contestant import Failed
 from bench.environment import describe_environment
 from bench.gpu_state import GpuState
-from bench.limits import demand, measure_ceiling
-from bench.measure import Comparison, Plan, expected_images
-from bench.report import print_report, write_json, write_page_of
-from bench.rows import VERSION, Row
+from bench.limits import demand
+from bench.measure import Comparison, Plan, expected_images, measured_ceiling
+from bench.report import finish, print_report, write_json
+from bench.rows import VERSION
 from bench.setting import Setting, chain_timesteps
-from bench.source import Source
-from bench.variants import NAMES, variants
-from ddpm.devices import DTYPES, resolve_device, resolve_dtype
+from bench.variants import MEANINGS, NAMES, variants
+from bench.walk import meta_network
+from ddpm.checkpoints import Checkpoint
+from ddpm.devices import DTYPES, resolve_dtype
 
-# By device: batch sizes, precisions, steps of a timed chain, rounds. On two CPU cores all of it takes minutes.
-DEFAULTS = {"cpu": ("1,4", "fp32", 20, 9), "cuda": ("1,16,256", "fp32,fp16", 100, 9)}
+# By device: batch sizes, precisions, steps of a timed chain. On two CPU cores all of it takes minutes.
+DEFAULTS = {"cpu": ("1,4", "fp32", 20), "cuda": ("1,16,256", "fp32,tf32,fp16", 100)}
 
 
 def make_parser() -> argparse.ArgumentParser:
     assert __doc__ is not None
-    commands = "Other commands: python -m bench compare | profile | scale | roofline | gpu, each with --help."
-    parser = Parser(prog="python -m bench", description=__doc__.splitlines()[0], epilog=commands)
+    cpu, cuda = (dict(zip(("batch", "dtype", "steps"), values, strict=True)) for values in DEFAULTS.values())
+    parser = Parser(
+        prog="python -m bench",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{listed('variants', MEANINGS)}\n\n{listed('other commands, each with --help', COMMANDS)}",
+    )
     add_source(parser)
-    add_measuring(parser)
-    parser.add_argument("--variants", metavar="NAMES", help=f"only these of {', '.join(NAMES)}")
+
+    def default(name: str) -> str:
+        return f"{cpu[name]}" if cpu[name] == cuda[name] else f"{cpu[name]}; on a GPU {cuda[name]}"
+
+    parser.add_argument("--batch", metavar="SIZES", help=f"batch sizes ({default('batch')})")
+    parser.add_argument("--dtype", metavar="NAMES", help=f"precisions, of {', '.join(DTYPES)} ({default('dtype')})")
+    parser.add_argument("--steps", type=int, help=f"steps of a timed chain ({default('steps')})")
+    parser.add_argument("--rounds", type=int, default=9, help="timed chains of each variant, at least (9)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=30.0,
+        help="timing of each batch size and precision, at least: a machine's speed drifts, and the spread should "
+        "hold that (30)",
+    )
+    add_device(parser)
+    parser.add_argument("--threads", type=int, help="of torch and OpenVINO on the CPU (torch's own number)")
+    parser.add_argument("--variants", metavar="NAMES", help="only these, of those below")
     parser.add_argument(
         "--limit", type=float, default=600.0, help="seconds after which a variant that is not ready is left out (600)"
     )
+    add_out(parser, "bench.json, bench.html and bench.log")
     return parser
-
-
-def add_measuring(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say what is measured, and where the results go."""
-    parser.add_argument("--batch", metavar="SIZES", help="batch sizes (1,4; on a GPU 1,16,256)")
-    parser.add_argument("--dtype", metavar="NAMES", help=f"precisions, of {', '.join(DTYPES)} (fp32; GPU: fp32,fp16)")
-    parser.add_argument("--steps", type=int, help="steps of a timed chain (20; on a GPU 100)")
-    parser.add_argument("--rounds", type=int, help="timed chains of each variant (9)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    parser.add_argument("--threads", type=int, help="of torch and OpenVINO on the CPU (torch's own number)")
-    parser.add_argument("--out", type=Path, default=OUT, help="directory of the results (bench/out)")
 
 
 def main(argv: list[str]) -> int:
@@ -61,33 +88,31 @@ def main(argv: list[str]) -> int:
         ValueError: a bad argument.
     """
     options = make_parser().parse_args(argv)
-    check_options(options, "steps", "rounds", "threads", "limit")
-    log, path = options.out / "bench.log", options.out / "bench.json"
+    check_positive(options, "steps", "rounds", "seconds", "threads", "limit")
     with tempfile.TemporaryDirectory() as folder:
-        settings = make_settings(options, open_source(options, Path(folder)))
-        return compare_all(settings, Plan(log, options.limit), path, {"kind": "run"})
+        settings = make_settings(options, Path(folder))
+        plan = Plan(options.out / "bench.log", options.limit)
+        return compare_all(settings, plan, options.out / "bench.json", {"kind": "run"})
 
 
-def make_settings(options: argparse.Namespace, source: Source) -> list[Setting]:
-    """One for each precision and batch size.
+def make_settings(options: argparse.Namespace, folder: Path) -> list[Setting]:
+    """One for each precision and batch size; what has to be written for them goes to `folder`.
 
     Raises:
         ValueError: a bad argument.
     """
-    device = resolve_device(options.device)
-    batch, dtype, steps, rounds = DEFAULTS[device.type]
+    device = timed_device(options.device)
+    batch, dtype, steps = DEFAULTS[device.type]
     batches = parse_numbers("batch", options.batch or batch)
     dtypes = [resolve_dtype(name, device) for name in parse_names("dtype", options.dtype or dtype, tuple(DTYPES))]
     only = tuple(parse_names("variants", options.variants, NAMES)) if options.variants else ()
-    steps, rounds = options.steps or steps, options.rounds or rounds
+    steps = options.steps or steps
+    source = open_source(options, folder)
     checkpoint = source.load()
-    total = checkpoint.schedule.num_train_timesteps
-    if steps > total:
-        raise ValueError(f"--steps {steps} is more than the {total} steps of {source.name}")
+    check_steps(steps, checkpoint)
     chain = chain_timesteps(checkpoint, steps)
-    settings = [
-        Setting(source, device, name, n, chain, rounds, options.threads, only) for n in batches for name in dtypes
-    ]
+    more = (options.rounds, options.seconds, options.threads, only)
+    settings = [Setting(source, device, name, n, chain, *more) for n in batches for name in dtypes]
     if not any(map(variants, settings)):
         raise ValueError(f"--variants {options.variants}: none of them belongs to {device} and {source.name}")
     return settings
@@ -104,40 +129,48 @@ def compare_all(settings: list[Setting], plan: Plan, path: Path, more: dict[str,
     """
     device, threads = settings[0].device, settings[0].threads
     plan.log.unlink(missing_ok=True)
-    rows: list[Row] = []
-    ceilings: list[dict[str, Any]] = []
-    content: dict[str, Any] = {"schema": VERSION, **more, "rows": rows, "ceilings": ceilings}
+    content: dict[str, Any] = {"schema": VERSION, **more, "rows": [], "ceilings": [], "not_measured": []}
     interrupted = False
     with GpuState(device) as gpu:
         content["environment"] = describe_environment(device, gpu, threads)
-
-        def save() -> None:
-            content["not_measured"] = not_measured(device, gpu)
-            try:
-                write_json(path, content)
-            except ValueError as error:  # a full disk, say: it is tried again, and the tables are printed before
-                print(f"warning: {error}", file=sys.stderr)
-
         try:
-            for dtype in dict.fromkeys(setting.dtype for setting in settings):
-                ceilings.append(measure_ceiling(device, dtype, threads))
-            save()
-            judged, expected = None, None
-            for setting in settings:
-                key = (setting.source, setting.batch)
-                if key != judged and not plan.deadline.passed:  # the last one only: it may be large
-                    judged, expected = key, expected_images(setting, plan)
-                needs = demand(setting.source.load(), setting.batch, setting.dtype)
-                Comparison(setting, plan, gpu, needs, ceilings).run(expected, rows.append)
-                save()
+            measure(settings, plan, gpu, content, path)
         except KeyboardInterrupt:
             interrupted = True
-            save()
+        finally:
+            content["not_measured"] += not_measured(device, gpu)
+            save(path, content)
     print_report(content)
-    write_json(path, content)
-    pages = write_page_of(path, "bench.run_page", content)
-    print(f"{'interrupted; the finished rows are in ' if interrupted else ''}{', '.join(map(str, (path, *pages)))}")
-    return 130 if interrupted else 0
+    return finish(path, content, "bench.run_page", interrupted=interrupted)
+
+
+def measure(settings: list[Setting], plan: Plan, gpu: GpuState, content: dict[str, Any], path: Path) -> None:
+    """Into `content`, which is saved after each setting."""
+    for dtype, setting in {setting.dtype: setting for setting in settings}.items():
+        try:
+            content["ceilings"].append(measured_ceiling(setting, plan))
+        except Failed as error:
+            content["not_measured"].append(f"The limit of this machine in {dtype}: {error}.")
+    save(path, content)
+    checkpoints: dict[str, Checkpoint] = {}  # without their weights
+    judged, expected = None, None
+    for setting in settings:
+        location = setting.source.location
+        if location not in checkpoints:
+            checkpoint = setting.source.load()
+            checkpoints[location] = replace(checkpoint, network=meta_network(checkpoint.network))
+        if (location, setting.batch) != judged and not plan.deadline.passed:  # the last one only: it may be large
+            judged, expected = (location, setting.batch), expected_images(setting, plan)
+        needs = demand(checkpoints[location], setting.batch, setting.dtype)
+        Comparison(setting, plan, gpu, needs, content["ceilings"]).run(expected, content["rows"].append)
+        save(path, content)
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    try:
+        write_json(path, content)
+    except ValueError as error:  # a full disk, say: it is tried again, and the tables are printed before
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def not_measured(device: torch.device, gpu: GpuState) -> list[str]:

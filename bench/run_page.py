@@ -7,54 +7,30 @@ from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import Any
 
-from bench.figures import grouped, number, start_s, step_time, throughput, time_to, time_to_images
+import numpy as np
+
+from bench.figures import grouped, step_time, throughput, time_to_images
 from bench.page import Column, Figure, Page, Section, Table
-from bench.rows import FIELDS, SCHEMA, STEPS_OF_AN_IMAGE, STOCK, Row, baseline, is_ours, is_timed
-
-# Fields of the tables; those that no row has a value for are left out.
-IDENTITY = ("variant", "checkpoint", "dtype", "batch")
-SPEED = (
-    "ms_per_step",
-    "p20",
-    "p80",
-    "images_per_s",
-    "speedup",
-    "rounds",
-    "status",
-)
-IMAGES = ("max_abs_diff", "bound", "steps")
-COST = (
-    "load_s",
-    "compile_s",
-    "capture_s",
-    "first_image_s",
-    "peak_memory_mb",
-    "launches_per_step",
-    "energy_j_per_image",
-    "energy_window_s",
-)
-LIMITS = ("ms_per_step", "tflops", "limit_ms", "share_of_limit")
-GPU_STATE = ("sm_clock_mhz", "memory_clock_mhz", "power_w", "power_limit_w", "temperature_c", "throttling")
-TEXT = ("variant", "checkpoint", "dtype", "status", "throttling")
-FORMATS = {"max_abs_diff": ".1e", "bound": ".0e", "speedup": ".2f", "share_of_limit": ".0%", "peak_memory_mb": ",.0f"}
+from bench.report import device_line, results_of_tests
+from bench.rows import FIELDS, SCHEMA, STEPS_OF_AN_IMAGE, STOCK, Row, baseline, is_ours, is_timed, start_s, time_to
+from bench.tables import IDENTITY, cell, fields_of, is_number, number
+from bench.variants import MEANINGS
 
 
-def page(content: dict[str, Any]) -> Page:
-    """The page of what `schema.json` describes."""
+def page(content: dict[str, Any], name: str = "bench.json") -> Page:
+    """The page of what `schemas/run.json` describes; `name` is that of its file."""
     rows = content["rows"]
     names = list(dict.fromkeys(row["checkpoint"] for row in rows))
     sections = [
-        Section("Time of a step", text=setup(content), figures=(step_time(rows),), tables=tables(rows, SPEED)),
+        Section("Time of a step", setup(content), figures=(step_time(rows),), tables=tables(rows, "Time of a step")),
+        Section("The variants", tables=variants(rows)),
         Section("Throughput", figures=present(throughput(rows))),
         Section("From nothing to images", figures=present(time_to_images(rows)), tables=repayments(rows)),
-        Section("The images", tables=tables(rows, IMAGES)),
-        Section("What it costs", tables=tables(rows, COST)),
-        Section(
-            "How near the limit",
-            tables=(*(tables(rows, LIMITS) if has_any(rows, LIMITS[1:]) else ()), *ceilings(content["ceilings"])),
-        ),
-        Section("State of the GPU", tables=tables(rows, GPU_STATE)),
-        Section("Tests on the GPU", points=test_results(content.get("tests"))),
+        Section("The images", tables=tables(rows, "The images")),
+        Section("What it costs", tables=tables(rows, "What it costs")),
+        Section("How near the limit", tables=(*tables(rows, "How near the limit"), *ceilings(content["ceilings"]))),
+        Section("State of the GPU", tables=tables(rows, "State of the GPU")),
+        Section("Tests on the GPU", points=results_of_tests(content["tests"]) if "tests" in content else ()),
         Section("Not measured", points=tuple(content["not_measured"])),
         Section("Machine", tables=(machine(content["environment"]),)),
     ]
@@ -62,7 +38,7 @@ def page(content: dict[str, Any]) -> Page:
         title=f"Benchmark of {', '.join(names)}" if names else "Benchmark",
         lead=headlines(rows),
         sections=tuple(s for s in sections if s.figures or s.tables or s.points),
-        download=("bench.json", json.dumps(content, indent=2) + "\n"),
+        download=(name, json.dumps(content, indent=2) + "\n"),
     )
 
 
@@ -84,16 +60,15 @@ def headline(group: Sequence[Row], named: bool) -> str | None:
     sentence += f"{best['batch']:,}"
     against = []
     if base:
-        against.append(f"{base['ms_per_step'] / best['ms_per_step']:.2f} times as fast as {called(base)}")
+        against.append(f"{best['speedup']:.2f} times as fast as {called(base)}")
     rivals = [row for row in group if not is_ours(row["variant"]) and is_timed(row)]
     if rivals and (rival := fastest(rivals)) is not base:
         ratio = rival["ms_per_step"] / best["ms_per_step"]
         against.append(f"{ratio:.2f} times as fast as {rival['variant']}, the fastest of the others")
     if against:
         sentence += f", {' and '.join(against)}"
-    if best["max_abs_diff"] is not None:
-        sentence += f"; images differ by at most {scientific(best['max_abs_diff'])}"
-    return f"{sentence}."
+    different = np.format_float_scientific(best["max_abs_diff"], precision=1, trim="-", exp_digits=1)
+    return f"{sentence}; x_0 is within {different} of the reference's."
 
 
 def called(base: Row) -> str:
@@ -110,8 +85,8 @@ def many_names(rows: Iterable[Row]) -> bool:
 
 def repayments(rows: Sequence[Row]) -> tuple[Table, ...]:
     """By variant, the image from which on it is ahead of the baseline of each comparison."""
-    known = [row for row in rows if start_s(row) is not None]
-    groups = {key: group for key, group in grouped(known, "checkpoint", "dtype", "batch").items() if baseline(group)}
+    timed = [row for row in rows if is_timed(row)]
+    groups = {key: group for key, group in grouped(timed, "checkpoint", "dtype", "batch").items() if baseline(group)}
     variants = dict.fromkeys(row["variant"] for group in groups.values() for row in group)
     cells = {name: [repaid(group, name) for group in groups.values()] for name in variants}
     columns = [
@@ -150,36 +125,39 @@ def overtakes(row: Row, other: Row) -> int | None:
 def setup(content: dict[str, Any]) -> tuple[str, ...]:
     """Where it was measured."""
     at = content["environment"]
-    where = at["gpu"] or f"{at.get('threads')} threads of {at['cpu']}"
-    return (f"Measured on {where} with torch {at['torch']}, {str(at['date'])[:10]}. The variants take turns.",)
+    return (f"Measured on {device_line(at)}, {str(at['date'])[:10]}. The variants take turns.",)
+
+
+def variants(rows: Iterable[Row]) -> tuple[Table, ...]:
+    """What each is."""
+    found = tuple((name, MEANINGS[name]) for name in dict.fromkeys(row["variant"] for row in rows))
+    return (Table((Column("variant"), Column("what it is")), found),) if found else ()
 
 
 def present(figure: Figure | None) -> tuple[Figure, ...]:
     return () if figure is None else (figure,)
 
 
-def has_any(rows: Iterable[Row], fields: Sequence[str]) -> bool:
-    return any(row.get(field) is not None for row in rows for field in fields)
-
-
-def tables(rows: Sequence[Row], fields: Sequence[str]) -> tuple[Table, ...]:
-    """A table of the rows that have one of these fields; none if no row does."""
-    rows = [row for row in rows if has_any([row], fields)]
-    shown = [field for field in fields if has_any(rows, [field])]
+def tables(rows: Sequence[Row], name: str) -> tuple[Table, ...]:
+    """The table of this name of `bench.tables`, of the rows that have a value there; none if no row does."""
+    shown = fields_of(rows, name)
     if not shown:
         return ()
-    keys = [key for key in IDENTITY if key != "checkpoint" or many_names(rows)]
-    columns = tuple(
-        Column(FIELDS[key]["title"], key not in TEXT, FIELDS[key]["description"]) for key in (*keys, *shown)
-    )
-    return (Table(columns, tuple(tuple(cell(key, row.get(key)) for key in (*keys, *shown)) for row in rows)),)
+    keys = (*(("checkpoint",) if many_names(rows) else ()), *IDENTITY, *shown)
+    columns = tuple(Column(FIELDS[key]["title"], is_number(key), FIELDS[key]["description"]) for key in keys)
+    kept = [row for row in rows if any(row[field] is not None for field in shown)]
+    return (Table(columns, tuple(tuple(cell(key, row[key]) for key in keys) for row in kept)),)
 
 
 def ceilings(found: Sequence[dict[str, Any]]) -> tuple[Table, ...]:
     if not found:
         return ()
     about = SCHEMA["$defs"]["ceiling"]
-    titles = {"matmul_tflops": "matrix product TFLOP/s", "copy_gb_per_s": "copy GB/s"}
+    titles = {
+        "matmul_tflops": "matrix product TFLOP/s",
+        "conv_tflops": "convolution TFLOP/s",
+        "copy_gb_per_s": "copy GB/s",
+    }
     columns = [Column(t, True, about["properties"][key]["description"]) for key, t in titles.items()]
     cells = tuple((rates["dtype"], *(number(rates[key]) for key in titles)) for rates in found)
     dtype = Column(FIELDS["dtype"]["title"], False, FIELDS["dtype"]["description"])
@@ -202,27 +180,3 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(plain, value))
     return str(value)
-
-
-def test_results(tests: dict[str, Any] | None) -> tuple[str, ...]:
-    if tests is None:
-        return ()
-    counts = ", ".join(f"{tests[name]} {name}" for name in ("passed", "failed", "skipped"))
-    problem = [tests["problem"]] if tests["problem"] else []
-    failed = (f"failed: {name}" for name in tests["failures"])
-    return (counts, *problem, *failed, *(f"not collected: {name}" for name in tests["not_collected"]))
-
-
-def cell(field: str, value: Any) -> str:
-    """A dash for what was not measured."""
-    if value is None:
-        return "-"
-    if field in FORMATS:
-        return format(value, FORMATS[field])
-    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else number(value)
-
-
-def scientific(value: float) -> str:
-    """1.5e-6, without the zero that Python pads the exponent with."""
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits}e{int(exponent)}" if value else "0"

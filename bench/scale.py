@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,27 +17,40 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.cli import OUT, Parser, add_source, check_options, open_source, parse_numbers
-from bench.contestant import reason, synchronize
+from bench.cli import (
+    Parser,
+    add_device,
+    add_out,
+    add_source,
+    check_positive,
+    check_steps,
+    open_source,
+    parse_numbers,
+    timed_device,
+)
+from bench.contestant import reason
 from bench.environment import describe_environment
 from bench.gpu_state import GpuState
 from bench.measure import turn
-from bench.report import device_line, print_cells, write_json, write_page_of
-from bench.setting import conditions
+from bench.report import device_line, finish, print_cells, write_json
+from bench.rows import spread
+from bench.setting import conditions, draw_seeded
+from bench.timing import seconds_of
+from bench.walk import META, meta_network
 from ddpm.checkpoints import Checkpoint
-from ddpm.devices import DTYPES, resolve_device, resolve_dtype
+from ddpm.devices import resolve_dtype
 from ddpm.run import progress_bar
 from ddpm.sampler import Sampler
 
-SCHEMA = 1  # of scale.json
+SCHEMA = 1  # of scale.json; see schemas/scale.json
 STEPS = 20  # of a chain of the other axes
 COLUMNS = ("axis", "size", "ms", "p20", "p80", "per", "status")
 LEFT = ("axis", "per", "status")
 
 
 @dataclass(frozen=True)
-class Point:
-    """One measurement.
+class Place:
+    """Where a chain is timed.
 
     Attributes:
         axis: "batch", "size" (H = W) or "steps".
@@ -75,32 +88,29 @@ def main(argv: list[str]) -> int:
         ValueError: a bad argument.
     """
     options = make_parser().parse_args(argv)
-    check_options(options, "rounds")
-    device = resolve_device(options.device)
+    check_positive(options, "rounds")
+    device = timed_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(options, Path(folder), rivals=False)
         checkpoint = source.load()
-    axes = points(options, checkpoint)
+    axes = places(options, checkpoint)
     content: dict[str, Any] = {"schema": SCHEMA, "kind": "scale", "checkpoint": source.name, "dtype": dtype}
     content |= {"points": [], "laws": {}}
     path = options.out / "scale.json"
     interrupted = False
     with GpuState(device) as gpu:
         content["environment"] = describe_environment(device, gpu)
-        make = partial(Sampler, device=device, dtype=dtype, compile=options.compile)
-        try:
-            for name, axis in axes.items():
-                content["points"] += measure(checkpoint, make, axis, options.rounds)
-                content["laws"] |= fits(name, content["points"])
-                write_json(path, content)
-        except KeyboardInterrupt:
-            interrupted = True
+    make = partial(Sampler, device=device, dtype=dtype, compile=options.compile)
+    try:
+        for name, axis in axes.items():
+            measure(checkpoint, make, axis, options.rounds, content["points"].append)
+            content["laws"] |= fits(name, content["points"])
+            write_json(path, content)
+    except KeyboardInterrupt:
+        interrupted = True
     print_scale(content)
-    write_json(path, content)
-    pages = write_page_of(path, "bench.scale_page", content)
-    print(f"{'interrupted; the finished axes are in ' if interrupted else ''}{', '.join(map(str, (path, *pages)))}")
-    return 130 if interrupted else 0
+    return finish(path, content, "bench.scale_page", parts="points", interrupted=interrupted)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -111,23 +121,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", metavar="PIXELS", help="H = W (1/2, 1, 3/2 and 2 of the checkpoint's)")
     parser.add_argument("--steps", metavar="NUMBERS", default="10,20,40,80", help="lengths of a chain (10,20,40,80)")
     parser.add_argument("--rounds", type=int, default=5, help="timed chains of each point (5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    parser.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)} (auto: fp32)")
+    add_device(parser, dtype=True)
     parser.add_argument("--compile", action="store_true", help="compile the step, anew for every point but of steps")
-    parser.add_argument("--out", type=Path, default=OUT, help="directory of scale.json and scale.html (bench/out)")
+    add_out(parser, "scale.json and scale.html")
     return parser
 
 
-def points(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list[Point]]:
+def places(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, list[Place]]:
     """Of every axis.
 
     Raises:
         ValueError: a bad argument.
     """
-    own, total = checkpoint.sample_size, checkpoint.schedule.num_train_timesteps
+    own = checkpoint.sample_size
     batches, steps = parse_numbers("batch", options.batch), parse_numbers("steps", options.steps)
-    if max(steps) > total:
-        raise ValueError(f"--steps {max(steps)} is more than the {total} steps of {checkpoint.source}")
+    check_steps(max(steps), checkpoint)
     if options.sizes is None:
         sizes = [side * own[0] // 2 for side in (1, 2, 3, 4) if takes(checkpoint, side * own[0] // 2)]
     else:
@@ -136,72 +144,77 @@ def points(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, lis
             if not takes(checkpoint, size):
                 raise ValueError(f"--sizes {size}: the network of {checkpoint.source} takes no {size} x {size} images")
     return {
-        "batch": [Point("batch", n, n, own, STEPS) for n in batches],
-        "size": [Point("size", n, 1, (n, n), STEPS) for n in sizes],
-        "steps": [Point("steps", n, 1, own, n) for n in steps],
+        "batch": [Place("batch", n, n, own, STEPS) for n in batches],
+        "size": [Place("size", n, 1, (n, n), STEPS) for n in sizes],
+        "steps": [Place("steps", n, 1, own, n) for n in steps],
     }
 
 
 def takes(checkpoint: Checkpoint, size: int) -> bool:
     """Whether the network takes images of this size, tried without data."""
-    network = checkpoint.network
-    with torch.device("meta"):
-        plain = type(network)(network.config)
-        arguments = [None if t is None else t.to("meta") for t in plain.example(1, size, size)]
-        try:
-            with torch.no_grad():
-                plain(*arguments)
-        except RuntimeError:  # halves that do not fit together again
-            return False
+    plain = meta_network(checkpoint.network)
+    arguments = [None if t is None else t.to(META) for t in plain.example(1, size, size)]
+    try:
+        with torch.no_grad():
+            plain(*arguments)
+    except RuntimeError:  # halves that do not fit together again
+        return False
     return True
 
 
-def measure(checkpoint: Checkpoint, make: Any, axis: list[Point], rounds: int) -> list[dict[str, Any]]:
-    """Rows of an axis; a point that fails is one that says so."""
-    chains: dict[Point, Chain] = {}
+def measure(
+    checkpoint: Checkpoint, make: Any, axis: list[Place], rounds: int, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Hand a row for each place of an axis to `keep`: one that failed says so; after Ctrl-C, those that were timed."""
+    chains: dict[Place, Chain] = {}
     status = dict.fromkeys(axis, "ok")
-    times: dict[Point, list[float]] = {point: [] for point in axis}
-    for point in axis:
-        try:
-            chain = Chain(checkpoint, make, point)
-            chain()
-            chains[point] = chain
-        except Exception as error:  # out of memory, say
-            status[point] = f"skipped: {reason(error)}"
-    with progress_bar(rounds, bool(chains) and sys.stderr.isatty()) as advance:
-        for number in range(rounds):
-            for point in turn(list(chains), number):
-                try:
-                    times[point].append(1000 * chains[point]() / (1 if point.per == "chain" else point.steps))
-                except Exception as error:
-                    status[point] = f"stopped: {reason(error)}"
-                    del chains[point]
-            advance()
-    return [row(point, times[point], status[point]) for point in axis]
+    times: dict[Place, list[float]] = {place: [] for place in axis}
+    try:
+        for place in axis:
+            try:
+                chain = Chain(checkpoint, make, place)
+                chain()
+                chains[place] = chain
+            except Exception as error:  # out of memory, say
+                status[place] = f"skipped: {reason(error)}"
+        with progress_bar(rounds, bool(chains) and sys.stderr.isatty()) as advance:
+            for number in range(rounds):
+                for place in turn(list(chains), number):
+                    try:
+                        times[place].append(1000 * chains[place]() / (1 if place.per == "chain" else place.steps))
+                    except Exception as error:
+                        status[place] = f"stopped: {reason(error)}"
+                        del chains[place]
+                advance()
+    except KeyboardInterrupt:
+        for place in chains:
+            status[place] = f"stopped after round {len(times[place])}"
+        raise
+    finally:
+        for place in axis:
+            if times[place] or status[place].startswith("skipped"):
+                keep(row(place, times[place], status[place]))
 
 
 class Chain:
-    """A chain of one point. It has a sampler of its own, which keeps what it captured or compiled."""
+    """A chain of one place. It has a sampler of its own, which keeps what it captured or compiled."""
 
-    def __init__(self, checkpoint: Checkpoint, make: Any, point: Point):
-        self.point = point
-        resized = replace(checkpoint, sample_size=point.size)
-        self.sampler, self.conditions = make(resized), conditions(resized, point.batch)
+    def __init__(self, checkpoint: Checkpoint, make: Any, place: Place):
+        resized = replace(checkpoint, sample_size=place.size)
+        self.place, self.sampler, self.conditions = place, make(resized), conditions(resized, place.batch)
 
     def __call__(self) -> float:
         """Seconds."""
-        n, options = self.point.batch, {"steps": self.point.steps, "sampler": "ddpm", "progress": False}
-        synchronize(self.sampler.device)
-        begun = time.perf_counter()
-        self.sampler.sample(n, seeds=range(n), batch_size=n, **options, **self.conditions)
-        synchronize(self.sampler.device)
-        return time.perf_counter() - begun
+        return seconds_of(self._draw, self.sampler.device)
+
+    def _draw(self) -> None:
+        draw_seeded(self.sampler, self.place.batch, steps=self.place.steps, **self.conditions)
 
 
-def row(point: Point, times: list[float], status: str) -> dict[str, Any]:
-    """axis, x, per ("step" or "chain"), ms, p20, p80, samples_ms, status."""
-    p20, median, p80 = (float(p) for p in np.percentile(times, (20, 50, 80))) if times else (None, None, None)
-    found = {"axis": point.axis, "x": point.x, "per": point.per, "ms": median, "p20": p20, "p80": p80}
+def row(place: Place, times: list[float], status: str) -> dict[str, Any]:
+    """As schemas/scale.json says."""
+    p20, median, p80 = spread(times) if times else (None, None, None)
+    found = {"axis": place.axis, "x": place.x, "per": place.per, "ms": median, "p20": p20, "p80": p80}
     return found | {"samples_ms": times, "status": status}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.source import Source
 from ddpm.checkpoints import Checkpoint
 from ddpm.devices import DTYPES
+from ddpm.sampler import Sampler
 from ddpm.steps import step_table
 
 NUMERICS_SEED = 1234
@@ -27,7 +28,8 @@ class Setting:
         device, dtype: of the network; dtype is a key of ddpm.devices.DTYPES.
         batch: images of a chain.
         timesteps: of a chain, which is ancestral ("ddpm") whatever the checkpoint's default is; see `chain_timesteps`.
-        rounds: chains that each variant runs while timed.
+        rounds: chains that each variant runs while timed, at least.
+        seconds: for which all variants together are timed, at least.
         threads: of torch on the CPU; None leaves torch its own number.
         only: names of the variants wanted; empty for all.
     """
@@ -38,6 +40,7 @@ class Setting:
     batch: int
     timesteps: tuple[int, ...]
     rounds: int
+    seconds: float = 0.0
     threads: int | None = None
     only: tuple[str, ...] = ()
 
@@ -76,20 +79,24 @@ def conditions(checkpoint: Checkpoint, n: int) -> dict[str, Any]:
     return found
 
 
-def reference_network(setting: Setting, checkpoint: Checkpoint) -> Callable[[Tensor, Tensor], Tensor]:
-    """network(x_t, t) of the reference network, on the setting's device, under the same conditions.
+def draw_seeded(sampler: Sampler, n: int, **options: Any) -> Tensor:
+    """An ancestral chain of n images by the seeds 0 .. n - 1, with these options of `Sampler.sample`."""
+    return sampler.sample(n, seeds=range(n), sampler="ddpm", batch_size=n, progress=False, **options)
 
-    Raises:
-        ValueError: it also sees the x_0 of the step before, which the textbook loop does not hand on.
-    """
+
+def reference_network(setting: Setting, checkpoint: Checkpoint) -> Callable[..., Tensor]:
+    """network(x_t, t) of the reference network, on the setting's device, under the same conditions; of one that is
+    self-conditioned, network(x_t, t, x_0)."""
     network, n = checkpoint.network.to(setting.device), setting.batch
-    if network.self_condition:
-        raise ValueError("the textbook loop does not run a self-conditioned network")
     _, _, labels, condition = network.example(n, *checkpoint.sample_size)
     dtype = next(network.parameters()).dtype
     labels = None if labels is None else labels.to(setting.device)
     condition = None if condition is None else condition.to(setting.device, dtype)
-    return lambda x, t: network(x, t, labels, condition)
+
+    def call(x: Tensor, t: Tensor, x_0: Tensor | None = None) -> Tensor:
+        return network(x, t, labels, condition if x_0 is None else x_0.to(dtype))
+
+    return call
 
 
 def numerics_generator() -> torch.Generator:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.architectures import Architecture
 from bench.walk import META
 from ddpm import lucidrains, unet
 from ddpm.devices import DTYPES
@@ -38,12 +37,17 @@ class Least:
         return self.layers + 2 * min(separate, self.normalised)
 
 
-def least_traffic(architecture: Architecture, batch: int, dtype: str) -> Least:
-    """Of one step of `batch` images."""
-    with META:
-        network = architecture.network()
+def least_traffic(
+    network: unet.UNet | lucidrains.LucidrainsUNet, size: tuple[int, int], batch: int, dtype: str
+) -> Least:
+    """Of one step of `batch` images.
+
+    Args:
+        network: on the meta device; it is left with hooks.
+        size: (height, width) of an image.
+    """
     sizes = _Sizes(network)
-    x, _, labels, condition = network.example(1, architecture.image_size, architecture.image_size)
+    x, _, labels, condition = network.example(1, *size)
     arguments = [None if t is None else t.to(META).expand(batch, *t.shape[1:]) for t in (x, labels, condition)]
     with torch.no_grad():
         network(arguments[0], torch.zeros(batch, dtype=torch.int64, device=META), *arguments[1:])
@@ -53,9 +57,8 @@ def least_traffic(architecture: Architecture, batch: int, dtype: str) -> Least:
     else:
         _lucidrains(network, sizes, count)
     _time_path(network, batch, count)
-    state = batch * x.numel()
-    count.layers += _FLOAT32 * 3 * state  # x read by the network, read and written by the reverse step
-    out = batch * network.config.out_channels * architecture.image_size**2
+    count.layers += _FLOAT32 * 3 * batch * x.numel()  # x read by the network, read and written by the reverse step
+    out = batch * network.config.out_channels * x.shape[2] * x.shape[3]
     count.layers += _FLOAT32 * 2 * out  # written by the last convolution, read by the reverse step
     return Least(count.layers, count.normalised)
 

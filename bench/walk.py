@@ -26,10 +26,11 @@ from ddpm.fused import FusedNetwork, fuse
 from ddpm.fused.attention import attention_backend
 from ddpm.kernels import backend
 from ddpm.loop import ChainShape, Loop, StepBuffers, deterministic_convolutions, float32_precision, step
-from ddpm.lucidrains import LucidrainsConfig
+from ddpm.lucidrains import LucidrainsConfig, LucidrainsUNet
 from ddpm.reference import sample_reference
 from ddpm.rules import SamplingRules
 from ddpm.schedule import NoiseSchedule
+from ddpm.unet import UNet
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -68,6 +69,12 @@ class Operation:
     shape: tuple[int, ...]
     gemm: tuple[int, int, int] | None
     norm_bytes: int
+
+
+def meta_network(network: UNet | LucidrainsUNet) -> UNet | LucidrainsUNet:
+    """Another of the same shape, on the meta device."""
+    with META:
+        return type(network)(network.config).eval()
 
 
 class Recorder(TorchDispatchMode):

@@ -95,8 +95,9 @@ def uses_triton(device: torch.device) -> bool:
 
 
 def is_dispatched(tensor: Tensor) -> bool:
-    """Whether a kernel's call goes through torch's dispatcher: only where it is traced or only shapes are computed."""
-    return torch.compiler.is_compiling() or tensor.is_meta
+    """Whether a kernel's call goes through torch's dispatcher, which takes microseconds: only where it is traced, where
+    only shapes are computed, and under a profiler, which finds what an operator has launched."""
+    return torch.compiler.is_compiling() or tensor.is_meta or torch.autograd._profiler_enabled()
 
 
 def takes_kernel(tensor: Tensor) -> bool:

@@ -10,12 +10,12 @@ import torch
 
 import bench.limits
 import bench.measure
+import bench.report
 from bench.contestant import Contestant, Failed, reason
 from bench.measure import Plan
 from bench.setting import Setting, chain_timesteps
 from bench.source import Source
-from bench.variants import Make
-from tests.helpers import save_tiny
+from bench.variant import Make
 
 
 class Here:
@@ -25,9 +25,9 @@ class Here:
         self.contestant = Contestant(make, setting)
 
     def __getattr__(self, name: str) -> Any:
-        def call() -> Any:
+        def call(*arguments: Any) -> Any:
             try:
-                return getattr(self.contestant, name)()
+                return getattr(self.contestant, name)(*arguments)
             except Exception as error:
                 raise Failed(reason(error)) from error
 
@@ -36,6 +36,8 @@ class Here:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.helpers import save_tiny  # needs diffusers, which other tests of this folder do not
+
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
@@ -51,5 +53,11 @@ def tiny_setting(tiny: Path) -> Setting:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contestants in this process, and ceilings measured in no time."""
     monkeypatch.setattr(bench.measure, "enter", Here)
-    monkeypatch.setattr(bench.limits, "SIZES", {"cpu": (64, 2**16), "cuda": (64, 2**16)})
+    monkeypatch.setattr(bench.limits, "SIZES", {"cpu": (64, 1, 2**16), "cuda": (64, 1, 2**16)})
     monkeypatch.setattr(bench.limits, "WINDOW_S", 1e-3)
+
+
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages take a second each, and have tests of their own."""
+    monkeypatch.setattr(bench.report, "write_page_of", lambda *_: [])

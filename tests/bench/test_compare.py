@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.cli import main
-from bench.compare import BROKEN, FASTER, FEW, MENDED, NO_CODE, SAME, SLOWER, UNTIMED, compare
+from bench.compare import BROKEN, FASTER, FEW, MENDED, NO_CODE, SAME, SLOWER, UNTIMED, cells, compare, interval
+from bench.rows import OUT_OF_TIME
 
 
 def row(variant: str, ms: float | None, spread: float = 0.02, **changes: Any) -> dict[str, Any]:
-    found = {"checkpoint": "demo", "dtype": "fp32", "batch": 1, "steps": 20, "variant": variant, "ms_per_step": ms}
-    found |= {"status": "ok" if ms is not None else "numerics differ", "rounds": 9}
-    edges = {"p20": None, "p80": None} if ms is None else {"p20": ms * (1 - spread), "p80": ms * (1 + spread)}
-    return found | edges | changes
+    """Of rounds about ms, the fastest 2.5 spreads below it."""
+    samples = [] if ms is None else [ms * (1 + spread * i / 2) for i in (-5, -1, 0, 1, 5, -2, 2, -2, 2)]
+    return timed(variant, samples, **({"status": "ok" if samples else "numerics differ"} | changes))
+
+
+def timed(variant: str, samples: list[float], **changes: Any) -> dict[str, Any]:
+    found = {"checkpoint": "demo", "dtype": "fp32", "batch": 1, "steps": 20, "variant": variant, "status": "ok"}
+    ms = statistics.median(samples) if samples else None
+    return found | {"samples_ms": samples, "ms_per_step": ms, "rounds": len(samples)} | changes
 
 
 def verdicts(old: list[dict[str, Any]], new: list[dict[str, Any]], *, correct: bool = True) -> list[str]:
@@ -40,7 +48,7 @@ def test_verdicts() -> None:
     assert verdict(10.0, None) == [BROKEN]
     assert verdict(None, 10.0) == [MENDED]
     assert verdict(None, None) == [SAME]
-    assert verdict(10.0, None, status="skipped: out of time") == [UNTIMED]
+    assert verdict(10.0, None, status=OUT_OF_TIME) == [UNTIMED]
     assert verdict(10.0, 30.0, rounds=1) == [FEW]
     assert verdict(10.0, 20.0, batch=2) == []  # nothing in common
 
@@ -51,12 +59,34 @@ def test_rivals_are_no_code_of_ours() -> None:
 
 
 def test_a_slower_machine_is_no_slower_code() -> None:
-    """All variants of a run share the machine's state: ours is judged beside the rivals."""
-    old = [row("ours-eager", 10.0), row("diffusers", 20.0), row("openvino", 8.0)]
-    slower = [row("ours-eager", 13.0), row("diffusers", 26.0), row("openvino", 10.4)]
+    """All variants of a round share the machine's state: ours is judged beside the rivals of its own batch."""
+    old = [row("ours-eager", 10.0), row("diffusers", 20.0), row("openvino", 8.0), row("diffusers", 5.0, batch=2)]
+    slower = [row("ours-eager", 13.0), row("diffusers", 26.0), row("openvino", 10.4), row("diffusers", 50.0, batch=2)]
     assert verdicts(old, slower)[0] == SAME
     assert verdicts(old, slower, correct=False)[0] == SLOWER
     assert verdicts(old, [row("ours-eager", 13.0), *old[1:]])[0] == SLOWER
+    (change, *_) = compare(old, slower, 0.05, correct=True)
+    assert change.beside == pytest.approx(1.0)
+    (change, *_) = compare(old, [row("ours-eager", 15.0), *slower[1:]], 0.05, correct=True)
+    assert change.beside == pytest.approx(15 / 13)
+    assert cells(change)[-3:] == ["+50.0%", "+15.4%", SLOWER]
+
+
+def test_rivals_are_those_of_both() -> None:
+    old = [row("ours-eager", 10.0), row("diffusers", 20.0), row("openvino", None)]
+    new = [row("ours-eager", 10.2), row("diffusers", 20.2), row("openvino", 8.0)]
+    assert verdicts(old, new)[0] == verdicts(old, new[:2])[0] == SAME
+    (change, *_) = compare(old[:1], new, 0.05, correct=True)
+    assert (change.verdict, change.beside) == (SAME, None)
+
+
+def test_a_drift_within_a_run_is_taken_out() -> None:
+    """A round in which the machine was slow was so for all."""
+    machine = [1.0, 1.1, 1.5, 1.4, 2.0, 1.9, 1.2, 1.0, 1.1]
+    old = [timed(name, [ms * m for m in machine]) for name, ms in (("ours-eager", 10.0), ("diffusers", 20.0))]
+    new = [timed(name, [ms * m for m in machine[::-1]]) for name, ms in (("ours-eager", 11.0), ("diffusers", 20.0))]
+    assert verdicts(old, new)[0] == SLOWER
+    assert verdicts(old, new, correct=False)[0] == SAME
 
 
 def test_a_drift_alone_is_no_change() -> None:
@@ -64,6 +94,33 @@ def test_a_drift_alone_is_no_change() -> None:
     old = [row("ours-planned", 10.0), row("diffusers", 20.0)]
     for ratio in (0.7, 1.4):
         assert verdicts(old, [row("ours-planned", 10.0), row("diffusers", 20.0 * ratio)])[0] == SAME
+
+
+def test_interval_holds_the_median() -> None:
+    chance = np.random.default_rng(0)
+    for n in (9, 30, 101):
+        found = [interval(chance.lognormal(0, 0.1, n).tolist()) for _ in range(1000)]
+        assert 0.95 <= np.mean([low <= 1 <= high for low, high in found]) <= 0.999
+    assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize(("slower", "least", "most"), [(1.0, 0.0, 0.02), (1.3, 0.9, 1.0), (1 / 1.3, 0.0, 0.0)])
+def test_runs_on_a_noisy_machine(slower: float, least: float, most: float) -> None:
+    """Two runs of one code differ 1 time of 10 at most; code that is 30 % slower is found."""
+    chance = np.random.default_rng(0)
+
+    def run(factor: float) -> list[dict[str, Any]]:
+        """A machine that drifts by a tenth from run to run and within one; each chain by 6 % for itself."""
+        machine = chance.lognormal(0, 0.1) * np.exp(np.cumsum(chance.normal(0, 0.02, 30)))
+        return [
+            timed(name, [float(ms * m * chance.lognormal(0, 0.06)) for m in machine])
+            for name, ms in (("ours-eager", 10.0 * factor), ("diffusers", 20.0), ("openvino", 8.0))
+        ]
+
+    found = [verdicts(run(1.0), run(slower))[0] for _ in range(200)]
+    assert least <= np.mean([verdict == SLOWER for verdict in found]) <= most
+    if slower == 1.0:
+        assert np.mean([verdict == SAME for verdict in found]) >= 0.9
 
 
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

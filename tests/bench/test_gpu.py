@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,11 @@ import torch
 import bench.gpu
 import bench.gpu_tests
 import bench.run
-from bench.architectures import ARCHITECTURES
+from bench.architectures import ARCHITECTURES, DEMO
 from bench.cli import main
 from bench.rows import SCHEMA
 from bench.source import Source
-from bench.variants import NAMES
+from bench.variants import variants
 
 CPU = torch.device("cpu")
 PASSED = '<testcase classname="a" name="passes"/>'
@@ -28,7 +33,7 @@ FAILED = '<testcase classname="a" name="fails"><failure/></testcase>'
 
 @pytest.fixture
 def run(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None, no_pages: None
 ) -> Callable[..., tuple[int, dict[str, Any]]]:
     monkeypatch.setattr(bench.gpu, "find_device", lambda: CPU)
     monkeypatch.setattr(bench.gpu, "source", lambda name, folder: Source("tiny", str(tiny), stock=str(tiny)))
@@ -52,9 +57,27 @@ def run(
     return call
 
 
-def test_what_is_compared() -> None:
-    assert {comparison[0] for comparison in bench.gpu.COMPARISONS} <= {None, *ARCHITECTURES}
-    assert {name for comparison in bench.gpu.COMPARISONS for name in comparison[3]} <= {*NAMES}
+def test_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variant belongs to its setting, and no row is there twice, for `compare` would take them for one."""
+    monkeypatch.setattr(bench.gpu, "source", lambda name, folder: Source(name or "demo", str(DEMO), stock=str(DEMO)))
+    settings = bench.gpu.settings(torch.device("cuda", 0), tmp_path)
+    rows = []
+    for setting, (name, dtype, batch, only) in zip(settings, bench.gpu.COMPARISONS, strict=True):
+        assert name in {None, *ARCHITECTURES}
+        assert (setting.dtype, setting.batch, setting.steps) == (dtype, batch, bench.gpu.STEPS)
+        plain = variants(replace(setting, source=replace(setting.source, stock=None)))
+        assert {*only} == {*variants(setting), *plain}
+        rows += [(name, dtype, batch, variant) for variant in only]
+    assert len(set(rows)) == len(rows)
+
+
+def test_sources(tmp_path: Path) -> None:
+    demo, random = (bench.gpu.source(name, tmp_path / str(name)) for name in (None, "demo"))
+    assert (demo.location, demo.architecture) == (str(DEMO), None)
+    assert (random.name, random.architecture) == ("demo (random weights)", "demo")
+    for found in (demo, random):
+        assert found.load().sample_size == (32, 32)
+        assert (Path(found.stock) / "unet" / "config.json").exists()
 
 
 def test_a_run(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +89,7 @@ def test_a_run(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> N
     rows = {(row["dtype"], row["variant"]): row for row in content["rows"]}
     assert rows["fp32", "ours-eager"]["status"] == "ok"
     assert rows["tf32", "ours-eager"]["status"].startswith("skipped: dtype 'tf32' exists on a GPU only")
-    assert "GPU tests: 1 passed, 0 failed, 1 skipped" in capsys.readouterr().out
+    assert "GPU tests:\n  1 passed, 0 failed, 1 skipped\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -123,3 +146,38 @@ def test_counts_of_a_real_pytest_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "problem": None,
     }
     assert bench.gpu_tests.run_gpu_tests(0.01)["problem"] == "stopped after 0 s"
+
+
+def test_a_test_that_hangs_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would go on using the GPU that is measured next."""
+    monkeypatch.setattr(bench.gpu_tests, "ROOT", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_a.py").write_text(
+        "import pathlib, subprocess, time, pytest\n"
+        "@pytest.mark.gpu\n"
+        "def test_hangs():\n"
+        "    pathlib.Path('pid').write_text(str(subprocess.Popen(['sleep', '60']).pid))\n"
+        "    time.sleep(60)\n"
+    )
+    assert bench.gpu_tests.run_gpu_tests(3)["problem"] == "stopped after 3 s"
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("the test's process is still there")
+
+
+def test_what_tests_import_is_promised_or_optional() -> None:
+    """Or a missing package would be taken for a test that fails."""
+    promised = {"torch", "triton", "numpy", "pytest", "safetensors", "ddpm", "bench", "tests"}
+    for path in (bench.gpu_tests.ROOT / "tests").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - promised:
+                assert name in bench.gpu_tests.OPTIONAL, f"{path.name} imports {name}"

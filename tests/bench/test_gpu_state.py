@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-import bench.contestant
 import bench.environment
+import bench.measure
+from bench.contestant import Failed
 from bench.gpu_state import FIELDS, THROTTLES, GpuState, summarize
 from bench.limits import Demand
 from bench.measure import Comparison, Plan, expected_images
+from bench.run import not_measured
 from bench.setting import Setting
+from tests.bench.conftest import Here
 
 CPU = torch.device("cpu")
 READING = (1755, 2619, 250.0, 700.0, 41, "none")
@@ -65,8 +68,13 @@ def test_names_are_nvmls() -> None:
     pynvml = pytest.importorskip("pynvml")
     for name in THROTTLES:
         assert getattr(pynvml, f"nvmlClocksThrottleReason{name}") > 0
-    for name in ("CurrentClocksEventReasons", "EnforcedPowerLimit", "TotalEnergyConsumption", "PowerUsage"):
+    of_a_device = ("HandleByUUID", "HandleByIndex", "ClockInfo", "PowerUsage", "EnforcedPowerLimit", "Temperature")
+    for name in (*of_a_device, "TotalEnergyConsumption", "CurrentClocksEventReasons"):
         assert callable(getattr(pynvml, f"nvmlDeviceGet{name}"))
+    for name in ("Init", "Shutdown", "SystemGetDriverVersion"):
+        assert callable(getattr(pynvml, f"nvml{name}"))
+    constants = (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM, pynvml.NVML_TEMPERATURE_GPU)
+    assert constants == (1, 2, 0)  # as the fake has them
 
 
 def test_summary_of_readings() -> None:
@@ -79,20 +87,58 @@ def test_summary_of_readings() -> None:
 
 
 def test_energy_in_rows(
-    nvml: ModuleType, tiny_setting: Setting, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+    nvml: Any, tiny_setting: Setting, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.contestant, "ENERGY_WINDOW_S", 1e-6)  # one chain
+    clocks = iter((1500, 1700) * 2)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetClockInfo", lambda handle, clock: next(clocks) if clock == 1 else 2619)
+
+    class Metered(Here):
+        """Three chains in a window of a second, while its clocks are read twice."""
+
+        waiting: Any = None
+
+        def chains(self, window_s: float) -> tuple[int, float]:
+            assert window_s >= 1
+            self.waiting()
+            self.waiting()
+            return 3, 1.0
+
+    monkeypatch.setattr(bench.measure, "enter", Metered)
     rows: list[dict[str, Any]] = []
     plan, setting = Plan(tmp_path / "log"), replace(tiny_setting, only=("ours-eager", "diffusers"))
     with GpuState(torch.device("cuda", 0)) as gpu:
         comparison = Comparison(setting, plan, gpu, Demand(1, 1), [])
         comparison.run(expected_images(setting, plan), rows.append)
+    assert [row["status"] for row in rows] == ["ok", "ok"]
     for row in rows:
-        assert row["status"] == "ok"
-        assert [row[name] for name in FIELDS] == [*READING]
-        assert row["energy_j_per_image"] == 750  # 3 J for two images of two steps
-        assert row["energy_window_s"] > 0
+        assert [row[name] for name in FIELDS] == [1600, *READING[1:]]
+        assert row["energy_j_per_image"] == 250  # 3 J for three chains of two images and two steps
+        assert row["energy_window_s"] == 1
         assert row["limit_ms"] is None  # no ceiling was measured
+
+
+def test_who_fails_in_the_window_leaves_the_gpu_to_the_next(
+    nvml: Any, tiny_setting: Setting, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    class Slow(Here):
+        def chains(self, window_s: float) -> tuple[int, float]:
+            windows.append([*closed])
+            raise Failed("no answer after 600 s")
+
+        def close(self) -> None:
+            closed.append(type(self.contestant.variant).__name__)
+
+    windows: list[list[str]] = []
+    monkeypatch.setattr(bench.measure, "enter", Slow)
+    rows: list[dict[str, Any]] = []
+    plan, setting = Plan(tmp_path / "log"), replace(tiny_setting, only=("ours-eager", "diffusers"))
+    with GpuState(torch.device("cuda", 0)) as gpu:
+        comparison = Comparison(setting, plan, gpu, Demand(1, 1), [])
+        comparison.run(expected_images(setting, plan), rows.append)
+    assert windows == [["Reference"], ["Reference", "Ours"]]
+    assert [(row["status"], row["energy_j_per_image"]) for row in rows] == [("ok", None)] * 2
 
 
 def test_a_missing_reading_is_none(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +150,7 @@ def test_a_missing_reading_is_none(nvml: Any, monkeypatch: pytest.MonkeyPatch) -
         assert (gpu.energy_j(), gpu.energy_j()) == (None, None)
         assert gpu.read()["power_w"] == 250.0
         assert gpu.reasons == ["energy: Not Supported"]
+        assert not_measured(torch.device("cuda", 0), gpu) == ["Not read from the GPU: energy: Not Supported."]
 
 
 def test_without_nvml(nvml: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +168,21 @@ def test_without_nvml(nvml: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
     environment = bench.environment.describe_environment(CPU, GpuState(CPU))
     assert environment["gpu_state"] == dict.fromkeys(FIELDS)
     assert environment["gpu_state_missing"] == "no GPU in use"
+
+
+def test_environment_of_a_gpu(nvml: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, uuid="1-2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda", 0)
+    with GpuState(device) as gpu:
+        found = bench.environment.describe_environment(device, gpu)
+    names = ("device", "gpu", "compute_capability", "driver", "gpu_state_missing")
+    assert [found[name] for name in names] == ["cuda:0", "NVIDIA H100 80GB HBM3", "9.0", "580.1", None]
+    assert found["gpu_state"] == dict(zip(FIELDS, READING, strict=True))
+
+
+def test_a_torch_without_uuids(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByIndex", {1: "handle"}.__getitem__, raising=False)
+    with GpuState(torch.device("cuda", 1)) as gpu:
+        assert gpu.available

@@ -9,16 +9,22 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
-from bench.figures import Fit, Point, bars, power_law, step_time, throughput, time_to, time_to_images
-from bench.page import DARK, LIGHT, STYLES, Column, Figure, Page, Section, Table, render, svg, write_page
-from bench.rows import FIELDS, SCHEMA, VERSION, Row
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure as Canvas
+
+from bench.figures import Fit, Reading, bars, power_law, step_time, throughput, time_to_images
+from bench.page import DARK, LIGHT, STYLES, Column, Figure, Page, Section, Style, Table, render, svg, write_page
+from bench.rows import BOUNDS, FIELDS, SCHEMA, VERSION, Row, add_rates, time_to
 from bench.run_page import overtakes, repayments
 from bench.run_page import page as run_page
+from bench.variants import MEANINGS
 
 ENVIRONMENT = {
     "torch": "2.13.0+cpu",
@@ -49,7 +55,7 @@ ON_GPU = {
     "ours-graph": (1.21, 3.92, 48.7, 0.6, 0.4, 0.31, 212),
     "ours-planned": (0.84, 3.11, 41.2, 0.6, 1.9, 0.22, 118),
     "ours-planned-compiled": (0.79, 2.87, 37.9, 0.6, 38.0, 0.21, 97),
-    "ours-compiled": (0.92, 3.18, 40.3, 0.6, 41.0, 0.24, 131),
+    "ours-graph-compiled": (0.92, 3.18, 40.3, 0.6, 41.0, 0.24, 131),
     "diffusers": (14.9, 15.2, 61.8, 4.1, 0.5, None, 391),
     "diffusers-compiled": (5.12, 6.03, 45.1, 4.1, 52.0, None, 174),
     "diffusers-max-autotune": (1.63, 3.71, 42.6, 4.1, 212.0, None, 160),
@@ -59,45 +65,43 @@ ON_GPU = {
 
 def make_row(variant: str, dtype: str, batch: int, ms: float | None, **other: Any) -> Row:
     """A finished row, with what follows from ms per step."""
-    row = {
+    row = dict.fromkeys(FIELDS) | {
         "checkpoint": "cifar10-32 (random weights)",
         "variant": variant,
         "dtype": dtype,
         "batch": batch,
         "steps": 10,
-        "rounds": 11 if ms else 0,
+        "rounds": 3 if ms else 0,
         "status": "ok",
-        **dict.fromkeys(("ms_per_step", "p20", "p80")),
-        "samples_ms": [],
-        "max_abs_diff": None,
-        "bound": {"fp32": 1e-4}.get(dtype, 0.25),
+        "samples_ms": [0.97 * ms, ms, 1.06 * ms] if ms else [],
+        "bound": BOUNDS[dtype],
     }
     if ms:
-        rate = 1000 * batch / ms
-        row |= {"ms_per_step": ms, "p20": 0.97 * ms, "p80": 1.06 * ms, "samples_ms": [0.97 * ms, ms, 1.06 * ms]}
-        row |= {"steps_per_s": 1000 / ms, "image_steps_per_s": rate, "images_per_s": rate / 1000}
+        row |= {"ms_per_step": ms, "p20": 0.98 * ms, "p80": 1.03 * ms, "load_s": 0.0, "compile_s": 0.0}
         row |= {"max_abs_diff": 2.15e-6 if dtype == "fp32" else 0.0123}
-    return row | other
+    row |= other
+    add_rates(row)
+    return row
 
 
 def cpu_content() -> dict[str, Any]:
     rows = []
     for i, batch in enumerate((1, 4)):
         for variant, (*ms, load, compiled) in ON_CPU.items():
-            times = {"load_s": load, "compile_s": compiled, "first_image_s": load + compiled + ms[i]}
+            times = {"load_s": load, "compile_s": compiled}
             limits = {"tflops": 12.1 * batch / ms[i], "limit_ms": 40.2 * batch, "share_of_limit": 40.2 * batch / ms[i]}
             speedup = ON_CPU["diffusers"][i] / ms[i]
             rows.append(
                 make_row(variant, "fp32", batch, ms[i], speedup=speedup, peak_memory_mb=811.0, **times, **limits)
             )
         wrong = {"status": "numerics differ", "max_abs_diff": 0.31}
-        rows.append(make_row("ours-planned", "fp32", batch, None, **wrong))
+        rows.append(make_row("pytorch", "fp32", batch, None, **wrong))
         rows.append(make_row("diffusers-max-autotune", "fp32", batch, None, status="skipped: out of time"))
     return {
         "schema": VERSION,
         "kind": "run",
         "rows": rows,
-        "ceilings": [{"dtype": "fp32", "matmul_tflops": 0.302, "copy_gb_per_s": 17.2}],
+        "ceilings": [{"dtype": "fp32", "matmul_tflops": 0.302, "conv_tflops": 0.31, "copy_gb_per_s": 17.2}],
         "not_measured": ["Energy, clocks and launches: no GPU is in use."],
         "environment": ENVIRONMENT,
     }
@@ -123,7 +127,6 @@ def gpu_content() -> dict[str, Any]:
                         load_s=load,
                         compile_s=compiled,
                         capture_s=capture,
-                        first_image_s=load + compiled + (capture or 0) + ms,
                         peak_memory_mb=1210.0 + 31 * batch,
                         launches_per_step=launches,
                         tflops=12.1 * batch / ms / 1000,
@@ -146,8 +149,8 @@ def gpu_content() -> dict[str, Any]:
         "kind": "gpu",
         "rows": rows,
         "ceilings": [
-            {"dtype": "fp32", "matmul_tflops": 51.8, "copy_gb_per_s": 2710.0},
-            {"dtype": "fp16", "matmul_tflops": 712.0, "copy_gb_per_s": 2710.0},
+            {"dtype": "fp32", "matmul_tflops": 51.8, "conv_tflops": 48.0, "copy_gb_per_s": 2710.0},
+            {"dtype": "fp16", "matmul_tflops": 712.0, "conv_tflops": 540.0, "copy_gb_per_s": 2710.0},
         ],
         "not_measured": [],
         "environment": ENVIRONMENT | gpu,
@@ -160,7 +163,7 @@ def laws() -> Figure:
     for series, factor, exponent in (("ours-compiled", 7.1, 0.93), ("diffusers", 30.0, 0.74)):
         for batch in (1, 2, 4, 8, 16, 32):
             ms = factor * batch**exponent * (1 + 0.03 * (batch % 3))
-            points.append(Point(series, batch, ms, 0.9 * ms, 1.2 * ms))
+            points.append(Reading(series, batch, ms, 0.9 * ms, 1.2 * ms))
         fits.append(Fit(series, factor, exponent))
     return power_law(points, fits, "batch [images]")
 
@@ -202,9 +205,9 @@ def test_every_row_is_there(content: dict[str, Any], html: str) -> None:
 def test_headlines() -> None:
     assert run_page(cpu_content()).lead == (
         "ours-compiled takes 52.1 ms a step in fp32 at batch 1, 2.26 times as fast as the stock diffusers pipeline and "
-        "1.32 times as fast as openvino, the fastest of the others; images differ by at most 2.2e-6.",
+        "1.32 times as fast as openvino, the fastest of the others; x_0 is within 2.2e-6 of the reference's.",
         "ours-compiled takes 191 ms a step in fp32 at batch 4, 1.75 times as fast as the stock diffusers pipeline and "
-        "1.44 times as fast as openvino, the fastest of the others; images differ by at most 2.2e-6.",
+        "1.44 times as fast as openvino, the fastest of the others; x_0 is within 2.2e-6 of the reference's.",
     )
 
 
@@ -223,17 +226,22 @@ def test_a_picture_has_four_forms(content: dict[str, Any], html: str) -> None:
         assert re.search('alt="[^"]+"', picture)
 
 
-def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
-    path = write_page(tmp_path / "new" / "run.html", run_page(cpu_content()))
-    assert path.read_text() == render(run_page(cpu_content()))
+def test_a_page_is_written_whole(tmp_path: Path) -> None:
+    path = write_page(tmp_path / "new" / "run.html", Page("Nothing", (), ()))
+    assert path.read_text() == render(Page("Nothing", (), ()))
     assert [file.name for file in path.parent.iterdir()] == ["run.html"]
+
+
+def test_the_same_figure_gives_the_same_bytes() -> None:
+    first, second = (svg(step_time(cpu_content()["rows"]), STYLES[0]) for _ in range(2))
+    assert first == second
 
 
 def test_columns_without_a_value_are_left_out(content: dict[str, Any]) -> None:
     page = run_page(content)
     shown = {column.title for section in page.sections for table in section.tables for column in table.columns}
-    for key in ("capture_s", "launches_per_step", "energy_j_per_image", "sm_clock_mhz", "throttling"):
-        assert (FIELDS[key]["title"] in shown) == any(row.get(key) is not None for row in content["rows"])
+    for key in {*FIELDS} - {"checkpoint", "samples_ms"}:
+        assert (FIELDS[key]["title"] in shown) == any(row[key] is not None for row in content["rows"]), key
     headings = [section.heading for section in page.sections]
     assert ("State of the GPU" in headings) == (content["kind"] == "gpu")
     for sentence in content["not_measured"]:
@@ -244,8 +252,10 @@ def test_glossary_is_the_schema(content: dict[str, Any], html: str) -> None:
     glossary = {unescape(k): unescape(v) for k, v in re.findall(r"<dt[^>]*>(.*?)</dt>\n<dd>(.*?)</dd>", html)}
     ceiling = SCHEMA["$defs"]["ceiling"]["properties"]
     assert glossary.pop("matrix product TFLOP/s") == ceiling["matmul_tflops"]["description"]
+    assert glossary.pop("convolution TFLOP/s") == ceiling["conv_tflops"]["description"]
     assert glossary.pop("copy GB/s") == ceiling["copy_gb_per_s"]["description"]
-    described = {field["title"]: field["description"] for name, field in FIELDS.items() if name != "samples_ms"}
+    described = {field["title"]: field["description"] for field in FIELDS.values()}
+    assert len(described) == len(FIELDS)
     assert glossary.items() <= described.items()
     # Every link of a column leads to its entry.
     assert set(re.findall('href="#(.*?)"', html)) == set(re.findall('<dt id="(.*?)"', html))
@@ -254,13 +264,19 @@ def test_glossary_is_the_schema(content: dict[str, Any], html: str) -> None:
 def test_the_content_comes_along(content: dict[str, Any], html: str) -> None:
     (carried,) = re.findall(r'download="bench.json" href="data:application/json;base64,([^"]*)"', html)
     assert json.loads(base64.b64decode(carried)) == content
+    assert run_page(content, "gpu.json").download[0] == "gpu.json"
+
+
+def test_variants_are_explained(content: dict[str, Any]) -> None:
+    (section,) = [section for section in run_page(content).sections if section.heading == "The variants"]
+    assert {*section.tables[0].rows} == {(row["variant"], MEANINGS[row["variant"]]) for row in content["rows"]}
 
 
 def test_names_are_escaped() -> None:
     content = cpu_content()
     for row in content["rows"]:
         row["checkpoint"] = "<script>$x_1$ & \"'"
-        row["variant"] += "<b>"
+        row["status"] += "<b>"
     html = render(run_page(content))
     assert "<script" not in html
     assert "<b>" not in html
@@ -281,6 +297,61 @@ def test_no_row_is_timed() -> None:
     assert page.lead == ("No row is finished.",)
     assert sum(len(section.figures) for section in page.sections) == 1
     render(page)
+
+
+def drawn(figure: Figure, style: Style = STYLES[-1]) -> list[Axes]:
+    """Its panels."""
+    canvas = Canvas(figsize=(style.width, style.width / 2), layout="constrained")
+    figure.draw(canvas, style)
+    return canvas.axes
+
+
+def test_bars_are_the_times() -> None:
+    """With whiskers from p20 to p80, and a line at the limit."""
+    content = cpu_content()
+    for panel, batch in zip(drawn(step_time(content["rows"])), (1, 4), strict=True):
+        rows = [row for row in content["rows"] if row["batch"] == batch]
+        timed = [row for row in rows if row["ms_per_step"]]
+        assert [label.get_text() for label in panel.get_yticklabels()] == [row["variant"] for row in rows]
+        assert [bar.get_width() for bar in panel.patches] == [row["ms_per_step"] for row in timed]
+        ours = [bar.get_facecolor() == to_rgba(LIGHT.accent) for bar in panel.patches]
+        assert ours == [row["variant"].startswith("ours") for row in timed]
+        whiskers = [segment[:, 0] for lines in panel.collections for segment in lines.get_segments()]
+        np.testing.assert_allclose(whiskers, [(row["p20"], row["p80"]) for row in timed])
+        assert [*panel.lines[-1].get_xdata()] == [rows[0]["limit_ms"]] * 2
+        for row in rows[len(timed) :]:
+            assert row["status"] in {text.get_text() for text in panel.texts}
+
+
+def test_lines_are_the_rates_and_the_times() -> None:
+    rows = gpu_content()["rows"]
+    for panel, dtype in zip(drawn(throughput(rows)), ("fp32", "fp16"), strict=True):
+        for line in panel.lines:
+            own = [row for row in rows if (row["variant"], row["dtype"]) == (line.get_label(), dtype)]
+            expected = [(row["batch"], row["image_steps_per_s"]) for row in own if row["ms_per_step"]]
+            np.testing.assert_allclose(line.get_xydata(), expected)
+    for panel, dtype in zip(drawn(time_to_images(rows)), ("fp32", "fp16"), strict=True):
+        for line in panel.lines:
+            (row,) = [r for r in rows if (r["variant"], r["dtype"], r["batch"]) == (line.get_label(), dtype, 256)]
+            assert line.get_xydata()[0] == pytest.approx([1, row["first_image_s"]])
+            assert line.get_xydata()[-1] == pytest.approx([100_000, time_to(row, 100_000)])
+
+
+def test_laws_go_through_their_points() -> None:
+    (panel,) = drawn(laws())
+    fits = [line.get_xydata() for line in panel.lines if line.get_label() == "_"]
+    for fit, (factor, exponent) in zip(fits, ((7.1, 0.93), (30.0, 0.74)), strict=True):
+        np.testing.assert_allclose(fit[:, 1], factor * fit[:, 0] ** exponent)
+    labels = [text.get_text() for text in panel.figure.legends[0].get_texts()]
+    assert labels == ["ours-compiled, exponent 0.93", "diffusers, exponent 0.74"]
+
+
+def test_the_rest_is_one_bar() -> None:
+    (panel,) = drawn(kernels(40))
+    widths = [bar.get_width() for bar in panel.patches]
+    assert widths[:20] == [9 / (i + 1) for i in range(20)]
+    assert widths[20:] == [pytest.approx(sum(9 / (i + 1) for i in range(20, 40)))]
+    assert panel.get_yticklabels()[-1].get_text() == "20 more"
 
 
 def test_figures_of_nothing() -> None:

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import pytest
 from torch.autograd import DeviceType
 
 import bench.profile
 from bench.cli import main
-from bench.profile import HOST, LAYER, by_kernel, by_layer, ranges_around_layers
+from bench.environment import ROOT
+from bench.events import HOST, IDLE, LAYER, NO_LAYER, by_kernel, by_layer
+from bench.profile import ranges_around_layers
 from ddpm.checkpoints import load_checkpoint
 from ddpm.fused.layers import GroupNormSiLU
 from ddpm.sampler import Sampler
 
 QUICK = ("--device", "cpu", "--steps", "2")
+SCHEMA = json.loads((ROOT / "bench" / "schemas" / "profile.json").read_text())
 
 
 def run(tiny: Path, out: Path, *options: str) -> dict[str, Any]:
     assert main(["profile", str(tiny), *QUICK, "--out", str(out), *options]) == 0
-    return json.loads((out / "profile.json").read_text())
+    content = json.loads((out / "profile.json").read_text())
+    jsonschema.validate(content, SCHEMA)
+    return content
 
 
 def layers_of(path: Path) -> set[str]:
@@ -59,7 +66,7 @@ def test_a_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "█" in printed
 
 
-def test_a_slow_layer_is_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_layer_is_found(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pages: None) -> None:
     """Also one inside another, whose own time it is not."""
     forward = GroupNormSiLU.forward
 
@@ -100,32 +107,52 @@ def test_hooks_are_removed(tiny: Path) -> None:
     assert hooks() == before
 
 
-def test_a_compiled_step_has_no_layers(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[dict[str, Any]] = []
-
-    def uncompiled(*arguments: Any, **options: Any) -> Sampler:
-        made.append(options)
-        return Sampler(*arguments, **(options | {"compile": False}))
-
-    monkeypatch.setattr(bench.profile, "Sampler", uncompiled)
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
+def test_a_compiled_step_has_no_layers(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But its generated kernels, by name, and none of the compiler's own ranges."""
     content = run(tiny, tmp_path, "--compile")
     assert content["layers"] == []
-    assert content["kernels"]
-    assert [options["compile"] for options in made] == [True]
+    names = [row["name"] for row in content["kernels"]]
+    assert any("cpp_fused" in name for name in names)
+    assert not any("CompiledFxGraph" in name or "Torch-Compiled" in name for name in names)
     assert "a compiled step has no layers" in capsys.readouterr().out
+
+
+def test_interruption_keeps_the_finished_table(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.profile, "profile_layers", interrupted)
+    assert main(["profile", str(tiny), *QUICK, "--out", str(tmp_path)]) == 130
+    content = json.loads((tmp_path / "profile.json").read_text())
+    assert content["kernels"]
+    assert content["layers"] == []
+    printed = capsys.readouterr().out
+    assert "by kernel" in printed
+    assert "interrupted; the finished tables are in" in printed
+
+
+def test_long_names_are_cut_on_the_terminal_only(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"name": "n" * 60 + "_forward", "ms_per_step": 1.0, "share": 1.0, "calls_per_step": 1.0, "what": ""}
+    content = {"checkpoint": "demo", "dtype": "fp32", "batch": 1, "compiled": True, "kernels": [row], "layers": []}
+    content["environment"] = {"gpu": "H100", "torch": "2.13.0"}
+    bench.profile.print_profile(content, 20)
+    assert "n" * 47 + "…" in capsys.readouterr().out
+    assert bench.profile.table("kernel", [row])[1][0][0] == row["name"]
 
 
 # A GPU's events
 
 
-def event(name: str, us: float, *children: Any, on_gpu: bool = False) -> SimpleNamespace:
+def event(name: str, us: float, *children: Any, on_gpu: bool = False, start: float = 0.0) -> SimpleNamespace:
     """Of the host, having launched `us` microseconds of work; or of the GPU, having run for so long."""
     return SimpleNamespace(
         name=name,
         device_type=DeviceType.CUDA if on_gpu else DeviceType.CPU,
-        time_range=SimpleNamespace(elapsed_us=lambda: us),
+        time_range=SimpleNamespace(start=start, end=start + us, elapsed_us=lambda: us),
         device_time_total=us,
         cpu_time_total=1.0,
         self_cpu_time_total=1.0,
@@ -134,13 +161,16 @@ def event(name: str, us: float, *children: Any, on_gpu: bool = False) -> SimpleN
 
 
 def test_kernels_of_a_gpu() -> None:
-    events = [event("conv_kernel", 30, on_gpu=True), event("aten::conv2d", 100), event("conv_kernel", 50, on_gpu=True)]
-    events += [event("reverse_step", 20, on_gpu=True), event("ddpm step 0", 100, on_gpu=True)]
+    events = [event("reverse_step", 20, on_gpu=True, start=195), event("aten::conv2d", 100)]
+    events += [event("conv_kernel", us, on_gpu=True, start=start) for us, start in ((30, 100), (50, 150))]
+    events += [event("ddpm step 0", 900, on_gpu=True, start=50)]
     found = by_kernel(events, steps=2, on_gpu=True)
     assert [(cost.name, cost.ms, cost.calls) for cost in found] == [
         ("conv_kernel", 0.04, 1),
         ("reverse_step", 0.01, 0.5),
+        (IDLE, 0.01, 0),  # from 130 to 150; the reverse step begins before the convolution ends
     ]
+    assert by_kernel([], steps=2, on_gpu=True) == []
 
 
 def test_layers_of_a_gpu() -> None:
@@ -148,12 +178,14 @@ def test_layers_of_a_gpu() -> None:
     norm = event("layer mid.conv.norm", 10, event("ddpm::group_norm_silu", 10))
     inner = event("layer mid.conv", 40, norm, event("ddpm::conv", 30))
     step = event("ddpm step 0", 88, event("layer mid", 68, inner, event("aten::add", 28)), event("reverse_step", 20))
-    found = by_layer([step, inner, norm], 1, {"mid.conv": "Triton"}, on_gpu=True)
+    on_gpu = [event("kernel", 93, on_gpu=True), event("ddpm step 0", 900, on_gpu=True)]
+    found = by_layer([step, inner, norm, *on_gpu], 1, {"mid.conv": "Triton"}, on_gpu=True)
     assert [(cost.name, cost.ms, cost.what) for cost in found] == [
         ("mid.conv", pytest.approx(0.030), "Triton"),
         ("mid", pytest.approx(0.028), ""),
         ("reverse_step", pytest.approx(0.020), ""),
         ("mid.conv.norm", pytest.approx(0.010), ""),
+        (NO_LAYER, pytest.approx(0.005), ""),
     ]
 
 

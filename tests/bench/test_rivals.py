@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bench.ours import Ours, PlainPyTorch, Reference
 from bench.rivals import Diffusers, DiffusersCompiled, OpenVINO, float32_noise
 from bench.setting import Setting, chain_timesteps, numerics_generator
 from bench.source import Source, checkpoint_source, random_source
+from bench.variants import RIVALS
 from ddpm.lucidrains import LucidrainsConfig
 from ddpm.unet import UNetConfig
 from tests.helpers import ddim_pipeline, save_tiny
@@ -81,9 +83,21 @@ def test_everyone_draws_the_references_images(name: str, dtype: str, architectur
     else:
         others.append(Diffusers(s))
     for variant in others:
-        found = largest(variant.images(), expected[getattr(variant, "noise", "generator")])
+        found = largest(variant.images(), expected[variant.noise])
         assert found <= (1e-4 if dtype == "fp32" else 0.1), type(variant)
         variant.chain()
+
+
+def test_a_self_conditioned_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees the x_0 of the step before, in the judge's loop too."""
+    config = LucidrainsConfig(dim=8, dim_mults=(1, 2), full_attention=(False, True), self_condition=True)
+    monkeypatch.setitem(ARCHITECTURES, "self", Architecture("self", "nowhere", config, 8, "fixed_small", 0))
+    s = setting(random_source("self", tmp_path))
+    judge = Reference(s)
+    assert largest(Ours(s, compiled=False).images(), judge.seeded_images()) <= 1e-4
+    assert largest(PlainPyTorch(s).images(), judge.images()) <= 1e-4
+    with pytest.raises(ValueError, match="a self-conditioned network cannot run as a module"):
+        Ours(s, compiled=False, plain=True)
 
 
 def test_an_upsampler_in_half_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +140,24 @@ def test_rivals_load_what_ours_loads(tiny: Path, tmp_path: Path) -> None:
 def test_no_rivals_are_asked_for(tiny: Path) -> None:
     source = checkpoint_source(str(tiny), {}, None)
     assert (source.stock, source.no_stock) == (None, "no rivals were asked for")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("diffusers-compiled", "default"),
+        ("diffusers-reduce-overhead", "reduce-overhead"),
+        ("diffusers-max-autotune", "max-autotune"),
+    ],
+)
+def test_how_diffusers_is_compiled(
+    name: str, mode: str, tiny_setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
+    variant = RIVALS[name](tiny_setting)
+    assert compiled == [{"fullgraph": True, "dynamic": False, "mode": mode}]
+    assert variant.pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_compiler
@@ -171,7 +203,7 @@ def test_gpu_variants_draw_the_references_images(dtype: str, architectures: None
     expected = {"generator": judge.images(), "seeds": judge.seeded_images()}
     for name, make in variants(s).items():
         variant = make(s)
-        assert largest(variant.images(), expected[getattr(variant, "noise", "generator")]) <= BOUNDS[dtype], name
+        assert largest(variant.images(), expected[variant.noise]) <= BOUNDS[dtype], name
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:

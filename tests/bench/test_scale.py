@@ -6,18 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
 import bench.scale
 from bench.cli import main
+from bench.environment import ROOT
 from bench.scale import Law, fit, sentence
 
 QUICK = ("--device", "cpu", "--batch", "1,2", "--sizes", "8,16", "--steps", "2,4", "--rounds", "2")
+SCHEMA = json.loads((ROOT / "bench" / "schemas" / "scale.json").read_text())
 
 
 def report(out: Path) -> dict[str, Any]:
-    return json.loads((out / "scale.json").read_text())
+    content = json.loads((out / "scale.json").read_text())
+    jsonschema.validate(content, SCHEMA)
+    return content
 
 
 def test_a_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +47,7 @@ def test_a_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "ms per step grow as batch^" in page
 
 
-def test_sizes_by_default_are_those_the_network_takes(tiny: Path, tmp_path: Path) -> None:
+def test_sizes_by_default_are_those_the_network_takes(tiny: Path, tmp_path: Path, no_pages: None) -> None:
     arguments = ("--device", "cpu", "--batch", "1", "--steps", "1", "--rounds", "1")
     assert main(["scale", str(tiny), *arguments, "--out", str(tmp_path)]) == 0
     content = report(tmp_path)
@@ -74,11 +79,13 @@ def test_sentences() -> None:
     assert sentence("batch", vars(Law(1, 0.9, None, None))) == "ms per step grow as batch^0.90"
 
 
-def test_a_point_that_fails_says_so(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_that_fails_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pages: None
+) -> None:
     call = bench.scale.Chain.__call__
 
     def failing(self: Any) -> float:
-        if self.point.batch == 2:
+        if self.place.batch == 2:
             raise RuntimeError("out of memory\nand more")
         return call(self)
 
@@ -91,27 +98,32 @@ def test_a_point_that_fails_says_so(tiny: Path, tmp_path: Path, monkeypatch: pyt
     assert {p["status"] for p in points if p["x"] != 2} == {"ok"}
 
 
-def test_interruption_keeps_finished_axes(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_interruption_keeps_finished_points(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_pages: None
 ) -> None:
-    call = bench.scale.Chain.__call__
+    call, calls = bench.scale.Chain.__call__, []
 
     def interrupted(self: Any) -> float:
-        if self.point.axis == "size":
-            raise KeyboardInterrupt
+        if self.place.axis == "size":
+            calls.append(1)
+            if len(calls) == 4:  # two to get warm, one of a round, and this one
+                raise KeyboardInterrupt
         return call(self)
 
     monkeypatch.setattr(bench.scale.Chain, "__call__", interrupted)
     assert main(["scale", str(tiny), *QUICK, "--out", str(tmp_path)]) == 130
-    assert {point["axis"] for point in report(tmp_path)["points"]} == {"batch"}
-    assert "interrupted; the finished axes are in" in capsys.readouterr().out
+    found = [(point["axis"], point["x"], point["status"]) for point in report(tmp_path)["points"]]
+    assert found == [("batch", 1, "ok"), ("batch", 2, "ok"), ("size", 8, "stopped after round 1")]
+    assert "interrupted; the finished points are in" in capsys.readouterr().out
 
 
-def test_a_point_that_fails_later_keeps_its_rounds(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_that_fails_later_keeps_its_rounds(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pages: None
+) -> None:
     call, calls = bench.scale.Chain.__call__, []
 
     def failing(self: Any) -> float:
-        if self.point.batch == 2:
+        if self.place.batch == 2:
             calls.append(1)
             if len(calls) == 3:  # warm, one round, this one
                 raise RuntimeError("out of memory")

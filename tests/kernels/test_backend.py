@@ -183,3 +183,13 @@ def test_an_op_costs_one_launch_unless_it_says_more(monkeypatch):
 
     assert keep("plain") == backend.Work(1, 0, 0)
     assert keep("counted", lambda x: backend.Work(2, len(x), 5)) == backend.Work(2, 1, 5)
+
+
+def test_a_profiler_sees_operators():
+    """What an operator launches, it finds; without one, a call is spared the dispatcher."""
+    x = torch.zeros(1)
+    assert not backend.is_dispatched(x)
+    with torch.profiler.profile():
+        assert backend.is_dispatched(x)
+    assert not backend.is_dispatched(x)
+    assert backend.is_dispatched(torch.zeros(1, device="meta"))
