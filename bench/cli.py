@@ -168,7 +168,7 @@ def check_positive(options: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         value = getattr(options, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # nor NaN
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected a positive number")
 
 

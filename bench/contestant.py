@@ -222,7 +222,7 @@ class Remote:
 
 @contextmanager
 def no_interruption() -> Iterator[None]:
-    """Ctrl-C waits until the end; processes that are started meanwhile never see it."""
+    """Processes that are started meanwhile never see Ctrl-C."""
     resource_tracker.ensure_running()  # or it would be started with the first process, and let Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

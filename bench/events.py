@@ -28,7 +28,8 @@ class Cost:
 
 def ran_on_gpu(event: Any) -> bool:
     """Whether it is a kernel, a copy or a fill there; ranges of the host have events of their own there, too."""
-    return event.device_type == DeviceType.CUDA and not event.name.startswith(RANGES)
+    is_range = getattr(event, "is_user_annotation", False) or event.name.startswith(RANGES)
+    return event.device_type == DeviceType.CUDA and not is_range
 
 
 def by_kernel(events: Iterable[Any], steps: int, *, on_gpu: bool) -> list[Cost]:
@@ -88,12 +89,9 @@ def by_layer(events: Iterable[Any], steps: int, paths: dict[str, str], *, on_gpu
 def _parts(step: Any) -> Iterator[tuple[str, Any]]:
     """What a step is made of, with names: its layers, nested ones too, and the operators that it calls itself."""
     for child in step.cpu_children:
-        if child.name.startswith(LAYER):
-            yield child.name.removeprefix(LAYER), child
-            for layer in _layers_in(child):
-                yield layer.name.removeprefix(LAYER), layer
-        else:
-            yield child.name, child
+        yield child.name.removeprefix(LAYER), child
+        for layer in _layers_in(child):
+            yield layer.name.removeprefix(LAYER), layer
 
 
 def _layers_in(event: Any) -> Iterator[Any]:

@@ -40,7 +40,7 @@ COMPARISONS = (
     ("cifar10-32", "fp16", 1, COMPILED),
 )
 STEPS = 100
-ROUNDS = 5
+ROUNDS = 9
 LIMIT_S = 120.0
 # The tests may take this share of the time; the comparisons get the rest.
 TESTS_SHARE = 0.5

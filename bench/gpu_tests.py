@@ -69,12 +69,14 @@ def run_pytest(junit: Path, seconds: float) -> str | None:
 
 
 def read_junit(junit: Path) -> dict[str, Any] | None:
-    if not junit.exists():
+    try:
+        report = ElementTree.parse(junit)
+    except (FileNotFoundError, ElementTree.ParseError):  # pytest was killed before it was written, or meanwhile
         return None
     passed, skipped = 0, 0
     failures: list[str] = []
     not_collected: list[str] = []
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in report.iter("testcase"):
         name = "::".join(filter(None, (case.get("classname"), case.get("name"))))
         error = case.find("error")
         if error is not None and error.get("message") == "collection failure":

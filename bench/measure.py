@@ -133,7 +133,7 @@ class Comparison:
     def _drop(self, name: str, status: str) -> None:
         self.ready.pop(name).close()
         if "OutOfMemory" in status and self.ready:  # one at a time it might fit
-            status += f" (beside {len(self.ready)} others; --variants {name} runs it alone)"
+            status += f" (with {', '.join(self.ready)} in memory; --variants {name} runs it alone)"
         self.rows[name]["status"] = status
 
     def _time(self) -> None:

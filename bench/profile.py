@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
         "layers": [],
         "environment": environment,
     }
+    trace.unlink(missing_ok=True)  # of an earlier run
     interrupted = False
     try:
         content["kernels"] = as_rows(profile_kernels(make(compile=options.compile), chain, options.steps, trace))

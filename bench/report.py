@@ -21,7 +21,6 @@ def print_report(content: dict[str, Any]) -> None:
     rows = content["rows"]
     if not rows:
         print("no row is finished")
-        return
     for name in dict.fromkeys(row["checkpoint"] for row in rows):
         print(f"{name}, chains of {rows[0]['steps']} steps; {device_line(content['environment'])}")
         for table in TABLES:

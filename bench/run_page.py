@@ -60,7 +60,7 @@ def headline(group: Sequence[Row], named: bool) -> str | None:
     sentence += f"{best['batch']:,}"
     against = []
     if base:
-        against.append(f"{best['speedup']:.2f} times as fast as {called(base)}")
+        against.append(f"{base['ms_per_step'] / best['ms_per_step']:.2f} times as fast as {called(base)}")
     rivals = [row for row in group if not is_ours(row["variant"]) and is_timed(row)]
     if rivals and (rival := fastest(rivals)) is not base:
         ratio = rival["ms_per_step"] / best["ms_per_step"]

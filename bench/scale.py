@@ -172,18 +172,18 @@ def measure(
     try:
         for place in axis:
             try:
-                chain = Chain(checkpoint, make, place)
-                chain()
-                chains[place] = chain
+                chains[place] = Chain(checkpoint, make, place)
+                chains[place]()
             except Exception as error:  # out of memory, say
                 status[place] = f"skipped: {reason(error)}"
+                chains.pop(place, None)
         with progress_bar(rounds, bool(chains) and sys.stderr.isatty()) as advance:
             for number in range(rounds):
                 for place in turn(list(chains), number):
                     try:
                         times[place].append(1000 * chains[place]() / (1 if place.per == "chain" else place.steps))
                     except Exception as error:
-                        status[place] = f"stopped: {reason(error)}"
+                        status[place] = f"{'stopped' if times[place] else 'skipped'}: {reason(error)}"
                         del chains[place]
                 advance()
     except KeyboardInterrupt:

@@ -242,7 +242,7 @@ class Loop:
             return
         last, self._table = self._table, None  # neither, should this be interrupted
         self.buffers.coefficients[: len(table)].copy_(table.coefficients)
-        # A row depends on the timestep and on frozen weights alone: those of the last chain serve the same timesteps.
+        # A row depends on the timestep and on weights that do not change: those of the last chain serve this one, too.
         if last is None or not torch.equal(last.network_timesteps, table.network_timesteps):
             self.buffers.time[: len(table)].copy_(self.network.time.table(table.distinct)[table.time_rows])
         self._table = table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,16 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
     difference = float((actual.double() - expected.double()).abs().max() / expected.double().square().mean().sqrt())
     return difference if difference == difference else float("inf")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has, within ten seconds."""
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False

@@ -211,6 +211,13 @@ def test_headlines() -> None:
     )
 
 
+def test_a_headline_needs_no_rival_in_the_same_comparison() -> None:
+    """`bench gpu` times one key twice, with other variants each time: then no speedup is in the row."""
+    rows = [make_row("diffusers", "fp16", 1, 10.0, speedup=1.0), make_row("ours-planned-compiled", "fp16", 1, 2.0)]
+    (sentence,) = run_page(gpu_content() | {"rows": rows}).lead
+    assert "5.00 times as fast as the stock diffusers pipeline" in sentence
+
+
 def test_nothing_is_loaded(html: str) -> None:
     assert re.findall(r"(?:src|srcset|href)=\"(?!data:|#)[^\"]*", html) == []
     assert not re.search(r"<script|https?://|url\(|@import", html)

@@ -114,12 +114,12 @@ def test_run(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
 def test_processes_of_their_own(tiny: Path, tmp_path: Path) -> None:
     """As a user runs it, with one setting."""
     arguments = [str(tiny), "--steps", "2", "--rounds", "2", "--seconds", "1e-9", "--device", "cpu"]
-    arguments += ["--batch", "1", "--threads", "1", "--variants", "ours-eager,diffusers"]
+    arguments += ["--batch", "1", "--threads", "2", "--variants", "ours-eager,diffusers"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     check(content)
     assert {row["variant"]: row["status"] for row in content["rows"]} == {"ours-eager": "ok", "diffusers": "ok"}
-    assert content["environment"]["threads"] == 1
+    assert content["environment"]["threads"] == 2
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.html", "bench.log"}
     assert {row["max_abs_diff"] <= 1e-4 for row in content["rows"]} == {True}
     assert {row["share_of_limit"] > 0 for row in content["rows"]} == {True}
@@ -277,6 +277,7 @@ def test_interruption_keeps_finished_rows(
         (["--steps", "1001"], "1000 steps"),
         (["--rounds", "-1"], "--rounds -1"),
         (["--seconds", "0"], "--seconds 0.0"),
+        (["--seconds", "nan"], "--seconds nan"),
         (["--threads", "-1"], "--threads -1"),
         (["--limit", "0"], "--limit 0.0"),
         (["--dtype", "fp8"], "fp8"),
@@ -508,7 +509,7 @@ def test_out_of_memory_names_who_else_was_there(
     monkeypatch.setattr(bench.rivals.Diffusers, "chain", failing)
     setting = replace(tiny_setting, only=("ours-eager", "diffusers"))
     rows = by_variant(compared(setting, Plan(tmp_path / "log"), Demand(1, 1), []))
-    hint = "(beside 1 others; --variants diffusers runs it alone)"
+    hint = "(with ours-eager in memory; --variants diffusers runs it alone)"
     assert rows["diffusers"]["status"] == f"skipped: OutOfMemoryError: no memory {hint}"
     alone = compared(replace(setting, only=("diffusers",)), Plan(tmp_path / "log"), Demand(1, 1), [])
     assert alone[0]["status"] == "skipped: OutOfMemoryError: no memory"

@@ -117,22 +117,23 @@ def test_interruption_keeps_finished_points(
     assert "interrupted; the finished points are in" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("at", "what"), [(2, "skipped"), (3, "stopped")])  # the first call is to get warm
 def test_a_point_that_fails_later_keeps_its_rounds(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pages: None
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pages: None, at: int, what: str
 ) -> None:
     call, calls = bench.scale.Chain.__call__, []
 
     def failing(self: Any) -> float:
         if self.place.batch == 2:
             calls.append(1)
-            if len(calls) == 3:  # warm, one round, this one
+            if len(calls) == at:
                 raise RuntimeError("out of memory")
         return call(self)
 
     monkeypatch.setattr(bench.scale.Chain, "__call__", failing)
     assert main(["scale", str(tiny), *QUICK, "--out", str(tmp_path)]) == 0
     (point,) = [p for p in report(tmp_path)["points"] if p["x"] == 2 and p["axis"] == "batch"]
-    assert (len(point["samples_ms"]), point["status"]) == (1, "stopped: RuntimeError: out of memory")
+    assert (len(point["samples_ms"]), point["status"]) == (at - 2, f"{what}: RuntimeError: out of memory")
 
 
 @pytest.mark.parametrize(
