@@ -67,9 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=30.0,
+        default=20.0,
         help="timing of each batch size and precision, at least: a machine's speed drifts, and the spread should "
-        "hold that (30)",
+        "hold that (20)",
     )
     add_device(parser)
     parser.add_argument("--threads", type=int, help="of torch and OpenVINO on the CPU (torch's own number)")

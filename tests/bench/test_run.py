@@ -524,7 +524,7 @@ def test_defaults_of_a_gpu(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monke
     settings = bench.run.make_settings(options, tmp_path)
     shapes = [(setting.batch, setting.dtype) for setting in settings]
     assert shapes == [(batch, dtype) for batch in (1, 16, 256) for dtype in ("fp32", "tf32", "fp16")]
-    assert {(setting.steps, setting.rounds, setting.seconds) for setting in settings} == {(100, 9, 30.0)}
+    assert {(setting.steps, setting.rounds, setting.seconds) for setting in settings} == {(100, 9, 20.0)}
 
 
 def test_the_interpreter_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
