@@ -24,6 +24,8 @@ from bench.rows import OUT_OF_TIME, VERSION, Row, is_ours, is_timed
 KEY = ("checkpoint", "dtype", "batch", "steps", "variant")
 # What must be the same for two runs to be of one machine and one software.
 MACHINE = ("gpu", "driver", "cpu", "threads", "cuda", "cudnn", "torch", "triton", "diffusers", "openvino")
+# Packages of rivals: where one run has none, no rival of it is in both.
+OF_RIVALS = ("diffusers", "openvino")
 COLUMNS = ("checkpoint", "dtype", "batch", "variant", "old ms", "new ms", "change", "beside rivals", "verdict")
 LEFT = ("checkpoint", "dtype", "variant", "verdict")
 SLOWER, FASTER, SAME = "slower", "faster", "no difference"
@@ -72,7 +74,7 @@ def main(argv: list[str]) -> int:
     if not 0 <= options.tolerance < 1:
         raise ValueError(f"--tolerance {options.tolerance}: expected a fraction from 0 up to 1, such as 0.05")
     old, new = read(options.old), read(options.new)
-    differing = [name for name in MACHINE if old["environment"].get(name) != new["environment"].get(name)]
+    differing = [name for name in MACHINE if differs(name, old["environment"], new["environment"])]
     correct = not differing and new["environment"].get("gpu") is None
     changes = compare(old["rows"], new["rows"], options.tolerance, correct=correct)
     if not changes:
@@ -105,6 +107,12 @@ def read(path: Path) -> dict[str, Any]:
     if found != VERSION or not {"rows", "environment"} <= content.keys():
         raise ValueError(f"{path} has schema {found}, expected {VERSION}; run python -m bench again to make one")
     return content
+
+
+def differs(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether an entry of MACHINE has changed, in a way that tells on rows of both."""
+    before, after = old.get(name), new.get(name)
+    return before != after and not (name in OF_RIVALS and None in (before, after))
 
 
 def compare(old: list[Row], new: list[Row], tolerance: float, *, correct: bool) -> list[Change]:

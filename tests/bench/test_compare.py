@@ -147,8 +147,10 @@ def test_the_drift_is_taken_out_on_one_cpu_only(tmp_path: Path) -> None:
     for environment, code in (({"gpu": None, "cpu": "a CPU"}, 0), ({"gpu": "H100"}, 1)):
         paths = [write(tmp_path / f"{i}.json", rows, environment=environment) for i, rows in enumerate((old, new))]
         assert main(["compare", *paths]) == code
-    other = write(tmp_path / "other.json", new, environment={"gpu": None, "cpu": "a CPU", "diffusers": "1.0"})
-    assert main(["compare", write(tmp_path / "old.json", old, environment={"gpu": None, "cpu": "a CPU"}), other]) == 1
+    here = {"gpu": None, "cpu": "a CPU", "diffusers": "1.0"}
+    before = write(tmp_path / "old.json", old, environment=here)
+    for change, code in (({"diffusers": "1.1"}, 1), ({"openvino": "2026.4"}, 0), ({"cpu": "another"}, 1)):
+        assert main(["compare", before, write(tmp_path / "other.json", new, environment=here | change)]) == code
 
 
 def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
