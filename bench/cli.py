@@ -138,7 +138,7 @@ def directory(text: str) -> Path:
     """There from now on.
 
     Raises:
-        ValueError: there can be no such directory.
+        argparse.ArgumentTypeError: there can be no such directory.
     """
     path = Path(text)
     try:

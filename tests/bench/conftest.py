@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,16 @@ import bench.limits
 import bench.measure
 import bench.report
 from bench.contestant import Contestant, Failed, reason
-from bench.measure import Plan
+from bench.gpu_state import GpuState
+from bench.limits import Demand
+from bench.measure import Comparison, Plan, expected_images
+from bench.rows import Row
 from bench.setting import Setting, chain_timesteps
 from bench.source import Source
 from bench.variant import Make
+
+CPU = torch.device("cpu")
+LITTLE = Demand(1, 1)
 
 
 class Here:
@@ -32,6 +39,20 @@ class Here:
                 raise Failed(reason(error)) from error
 
         return call
+
+
+def compared(
+    setting: Setting,
+    plan: Plan,
+    needs: Demand = LITTLE,
+    ceilings: Sequence[dict[str, Any]] = (),
+    gpu: torch.device = CPU,
+) -> list[Row]:
+    """Rows of one comparison, while the state of `gpu` is read."""
+    rows: list[Row] = []
+    with GpuState(gpu) as state:
+        Comparison(setting, plan, state, needs, ceilings).run(expected_images(setting, plan), rows.append)
+    return rows
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,10 @@ import bench.environment
 import bench.measure
 from bench.contestant import Failed
 from bench.gpu_state import FIELDS, THROTTLES, GpuState, summarize
-from bench.limits import Demand
-from bench.measure import Comparison, Plan, expected_images
+from bench.measure import Plan
 from bench.run import not_measured
 from bench.setting import Setting
-from tests.bench.conftest import Here
+from tests.bench.conftest import Here, compared
 
 CPU = torch.device("cpu")
 READING = (1755, 2619, 250.0, 700.0, 41, "none")
@@ -104,11 +103,8 @@ def test_energy_in_rows(
             return 3, 1.0
 
     monkeypatch.setattr(bench.measure, "enter", Metered)
-    rows: list[dict[str, Any]] = []
-    plan, setting = Plan(tmp_path / "log"), replace(tiny_setting, only=("ours-eager", "diffusers"))
-    with GpuState(torch.device("cuda", 0)) as gpu:
-        comparison = Comparison(setting, plan, gpu, Demand(1, 1), [])
-        comparison.run(expected_images(setting, plan), rows.append)
+    setting = replace(tiny_setting, only=("ours-eager", "diffusers"))
+    rows = compared(setting, Plan(tmp_path / "log"), gpu=torch.device("cuda", 0))
     assert [row["status"] for row in rows] == ["ok", "ok"]
     for row in rows:
         assert [row[name] for name in FIELDS] == [1600, *READING[1:]]
@@ -132,11 +128,8 @@ def test_who_fails_in_the_window_leaves_the_gpu_to_the_next(
 
     windows: list[list[str]] = []
     monkeypatch.setattr(bench.measure, "enter", Slow)
-    rows: list[dict[str, Any]] = []
-    plan, setting = Plan(tmp_path / "log"), replace(tiny_setting, only=("ours-eager", "diffusers"))
-    with GpuState(torch.device("cuda", 0)) as gpu:
-        comparison = Comparison(setting, plan, gpu, Demand(1, 1), [])
-        comparison.run(expected_images(setting, plan), rows.append)
+    setting = replace(tiny_setting, only=("ours-eager", "diffusers"))
+    rows = compared(setting, Plan(tmp_path / "log"), gpu=torch.device("cuda", 0))
     assert windows == [["Reference"], ["Reference", "Ours"]]
     assert [(row["status"], row["energy_j_per_image"]) for row in rows] == [("ok", None)] * 2
 

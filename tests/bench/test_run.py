@@ -32,11 +32,12 @@ from bench.cli import COMMANDS, main
 from bench.contestant import Contestant
 from bench.environment import ROOT
 from bench.limits import Demand, demand, limit_ms, measure_ceiling
-from bench.measure import Comparison, Deadline, Plan, expected_images, turn
+from bench.measure import Deadline, Plan, turn
 from bench.rows import BOUNDS, FIELDS, SCHEMA, add_rates
 from bench.setting import Setting
 from bench.tables import TABLES, number
 from bench.variants import MEANINGS, ON_CPU, ON_GPU, RIVALS, variants
+from tests.bench.conftest import compared
 
 QUICK = ("--steps", "3", "--rounds", "2", "--seconds", "1e-9", "--device", "cpu", "--variants", "ours-eager,diffusers")
 Run = Callable[..., tuple[int, dict[str, Any]]]
@@ -454,13 +455,6 @@ def test_a_limit_that_cannot_be_measured_is_said(run: Run, monkeypatch: pytest.M
 # One comparison
 
 
-def compared(setting: Setting, plan: Plan, needs: Demand, ceilings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    with bench.run.GpuState(setting.device) as gpu:
-        Comparison(setting, plan, gpu, needs, ceilings).run(expected_images(setting, plan), rows.append)
-    return rows
-
-
 def test_time_runs_out_between_rounds(
     tiny_setting: Setting, here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,14 +469,14 @@ def test_time_runs_out_between_rounds(
 
     monkeypatch.setattr(Contestant, "chain", counting)
     setting = replace(tiny_setting, rounds=5, only=("ours-eager",))
-    (row,) = compared(setting, plan, Demand(1, 1), [])
+    (row,) = compared(setting, plan)
     assert row["status"] == "stopped after round 2"
 
 
 def test_rounds_go_on_for_the_time_wanted(tiny_setting: Setting, here: None, tmp_path: Path) -> None:
     """A machine's speed drifts by the second, and the spread should hold that."""
     setting = replace(tiny_setting, rounds=2, seconds=0.5, only=("ours-eager",))
-    (row,) = compared(setting, Plan(tmp_path / "log"), Demand(1, 1), [])
+    (row,) = compared(setting, Plan(tmp_path / "log"))
     assert row["status"] == "ok"
     assert row["rounds"] > 2
     assert sum(row["samples_ms"]) * setting.steps >= 400
@@ -496,7 +490,7 @@ def test_each_is_ready_before_it_is_timed(
     for name in ("images", "is_ready", "chain"):
         call = getattr(Contestant, name)
         monkeypatch.setattr(Contestant, name, lambda self, name=name, call=call: (done.append(name), call(self))[1])
-    compared(replace(tiny_setting, only=("ours-eager",)), Plan(tmp_path / "log"), Demand(1, 1), [])
+    compared(replace(tiny_setting, only=("ours-eager",)), Plan(tmp_path / "log"))
     assert done == ["images", "chain", "chain", "images", "is_ready", "chain"]  # the first is the judge's
 
 
@@ -508,10 +502,10 @@ def test_out_of_memory_names_who_else_was_there(
 
     monkeypatch.setattr(bench.rivals.Diffusers, "chain", failing)
     setting = replace(tiny_setting, only=("ours-eager", "diffusers"))
-    rows = by_variant(compared(setting, Plan(tmp_path / "log"), Demand(1, 1), []))
+    rows = by_variant(compared(setting, Plan(tmp_path / "log")))
     hint = "(with ours-eager in memory; --variants diffusers runs it alone)"
     assert rows["diffusers"]["status"] == f"skipped: OutOfMemoryError: no memory {hint}"
-    alone = compared(replace(setting, only=("diffusers",)), Plan(tmp_path / "log"), Demand(1, 1), [])
+    alone = compared(replace(setting, only=("diffusers",)), Plan(tmp_path / "log"))
     assert alone[0]["status"] == "skipped: OutOfMemoryError: no memory"
 
 
